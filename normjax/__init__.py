@@ -1,0 +1,43 @@
+"""Normalization methods for JAX as pairs of pure functions.
+
+A method is a frozen configuration with `init(key, features)` and
+`apply(params, state, x, train=...)`. `normjax.linen` and `normjax.nnx` wrap every method as a Flax
+module; `normjax.testing` checks the contract.
+"""
+
+from normjax.core.structs import AffineParams as AffineParams
+from normjax.core.structs import Moments as Moments
+from normjax.core.structs import Running as Running
+from normjax.methods.batch import BatchNorm as BatchNorm
+from normjax.methods.batch import BatchRenorm as BatchRenorm
+from normjax.methods.batch import Ramp as Ramp
+from normjax.methods.chain import Chain as Chain
+from normjax.methods.chain import chain as chain
+from normjax.methods.ghost import Ghost as Ghost
+from normjax.methods.group import GroupNorm as GroupNorm
+from normjax.methods.group import InstanceNorm as InstanceNorm
+from normjax.methods.layer import LayerNorm as LayerNorm
+from normjax.methods.layer import RMSNorm as RMSNorm
+from normjax.methods.pointwise import Affine as Affine
+from normjax.methods.pointwise import DynamicTanh as DynamicTanh
+from normjax.methods.pointwise import DynamicTanhParams as DynamicTanhParams
+
+__version__ = "0.1.0"
+__all__ = [
+    "Affine",
+    "AffineParams",
+    "BatchNorm",
+    "BatchRenorm",
+    "Chain",
+    "DynamicTanh",
+    "DynamicTanhParams",
+    "Ghost",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "Moments",
+    "RMSNorm",
+    "Ramp",
+    "Running",
+    "chain",
+]

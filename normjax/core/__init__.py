@@ -1,0 +1,1 @@
+"""What several methods share: statistics, affine passes, devices, running averages, checks."""

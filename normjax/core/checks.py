@@ -1,0 +1,256 @@
+"""Validation of configurations and inputs, and the text of every error."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normjax.core.structs import Features, feature_shape
+
+
+def _momentum(value):
+    if not is_number(value) or not 0.0 <= value <= 1.0:
+        return (
+            "is not in [0, 1]. It weighs the old statistics; what PyTorch calls momentum 0.1 is 0.9"
+        )
+
+
+def _epsilon(value):
+    if not is_number(value) or not 0.0 <= value < math.inf:
+        return "is not a finite number >= 0"
+
+
+def _axes(value):
+    single = value if isinstance(value, tuple) else (value,)
+    if not single or not all(_is_int(a) for a in single):
+        return "is not an integer or a non-empty sequence of integers"
+
+
+def _flag(value):
+    if not isinstance(value, bool):
+        return "is not True or False"
+
+
+def _callable(value):
+    if not callable(value):
+        return "is not a function of (key, shape, dtype)"
+
+
+def _activation(value):
+    if value is not None and not callable(value):
+        return "is neither None nor a pointwise function of one array, such as jax.nn.relu"
+
+
+def _dtype(value):
+    if value is not None and not jnp.issubdtype(value, jnp.floating):
+        return "is not a real floating dtype"
+
+
+def _axis_name(value):
+    names = value if isinstance(value, tuple) else (value,)
+    if value is not None and not (names and all(isinstance(n, str) for n in names)):
+        return "is not the name of a mapped axis, or a tuple of names"
+
+
+def _axis_index_groups(value):
+    if value is None:
+        return None
+    nested = isinstance(value, tuple) and all(isinstance(g, tuple) and g for g in value)
+    if not nested or not value:
+        return "is not a sequence of non-empty groups of device indices"
+    if sorted(i for g in value for i in g) != list(range(sum(map(len, value)))):
+        return "does not name every device index 0, 1, 2, ... exactly once"
+
+
+def _method(value):
+    if not (hasattr(value, "init") and hasattr(value, "apply")):
+        return "is not a method: it needs `init(key, features)` and `apply(params, state, x, ...)`"
+
+
+def _positive(value):
+    if not _is_int(value) or value < 1:
+        return "is not a positive integer"
+
+
+RULES = {
+    "momentum": _momentum,
+    "epsilon": _epsilon,
+    "axis": _axes,
+    "reduction_axes": lambda v: None if v is None else _axes(v),
+    "feature_axes": _axes,
+    "use_scale": _flag,
+    "use_bias": _flag,
+    "unbiased_running_var": _flag,
+    "skip_nonfinite": _flag,
+    "scale_init": _callable,
+    "bias_init": _callable,
+    "activation": _activation,
+    "dtype": _dtype,
+    "param_dtype": lambda v: _dtype(v) if v is not None else "is not a real floating dtype",
+    "axis_name": _axis_name,
+    "axis_index_groups": _axis_index_groups,
+    "method": _method,
+    "groups": _positive,
+}
+
+
+def configuration(method: Any) -> None:
+    """Makes sequences in the fields of `method` tuples and checks every field that has a rule.
+
+    Raises:
+      ValueError: naming method, field, value and rule.
+    """
+    name = type(method).__name__
+    for field in dataclasses.fields(method):
+        value = _hashable(getattr(method, field.name))
+        object.__setattr__(method, field.name, value)
+        broken = RULES[field.name](value) if field.name in RULES else None
+        if broken:
+            raise ValueError(f"{name}: {field.name}={value!r} {broken}.")
+    if (
+        getattr(method, "axis_index_groups", None) is not None
+        and getattr(method, "axis_name", None) is None
+    ):
+        raise ValueError(f"{name}: axis_index_groups needs the axis_name that it divides.")
+
+
+def _hashable(value):
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return tuple(_hashable(v) for v in value)
+    return value
+
+
+def _is_int(value):
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value):
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def method(name: str, value: Any) -> None:
+    """ValueError unless `value` has the two functions of a method."""
+    broken = _method(value)
+    if broken:
+        raise ValueError(f"{name}: {value!r} {broken}.")
+
+
+def feature_axes(value: Any) -> Any:
+    """The axes for whose sizes a method's parameters are made."""
+    return getattr(value, "feature_axes", getattr(value, "axis", -1))
+
+
+def depends_on_train(value: Any) -> bool:
+    """Whether a method differs between training and evaluation; True unless it says otherwise."""
+    return getattr(value, "depends_on_train", True)
+
+
+def is_random(value: Any) -> bool:
+    """Whether a method draws random numbers in training; False unless it says otherwise."""
+    return getattr(value, "random", False)
+
+
+def features(name: str, value: Features) -> tuple[int, ...]:
+    """The shape of the parameters for `value` features; ValueError unless positive integers."""
+    shape = feature_shape(value) if isinstance(value, int | Sequence) else (value,)
+    if isinstance(value, str) or not shape or not all(_is_int(n) and n > 0 for n in shape):
+        raise ValueError(
+            f"{name}: features={value!r} is not a positive integer or a tuple of them."
+        )
+    return tuple(int(n) for n in shape)
+
+
+def real(name: str, x: Any) -> jax.Array:
+    """`x` as a real floating array; integers become float32.
+
+    Raises:
+      TypeError: for complex, boolean or other input.
+    """
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return x.astype(jnp.float32)
+    hint = " Normalize real and imaginary parts as two features." if x.dtype.kind == "c" else ""
+    raise TypeError(f"{name}: the input has dtype {x.dtype}, but real numbers are needed.{hint}")
+
+
+def axes(
+    name: str, field: str, value: int | tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Axes as increasing non-negative integers.
+
+    Raises:
+      ValueError: for an axis out of range, named twice, or out of order.
+    """
+    rank = len(shape)
+    given = value if isinstance(value, tuple) else (value,)
+    for axis in given:
+        if not -rank <= axis < rank:
+            raise ValueError(
+                f"{name}: {field}={value} is out of range for an input of shape {shape}."
+            )
+    result = tuple(axis % rank for axis in given)
+    if len(set(result)) != len(result):
+        raise ValueError(f"{name}: {field}={value} names an axis twice (input shape {shape}).")
+    return tuple(sorted(result))
+
+
+def match(
+    name: str, field: str, at: tuple[int, ...], shape: tuple[int, ...], arrays: Sequence[Any]
+) -> None:
+    """ValueError unless each of `arrays` (or None) has the sizes of the axes `at` of `shape`."""
+    sizes = tuple(shape[i] for i in at)
+    for a in arrays:
+        if a is not None and tuple(a.shape) != sizes:
+            raise ValueError(
+                f"{name}: the input of shape {shape} has features {sizes} along {field}={at}, "
+                f"but its parameters or statistics were made for {tuple(a.shape)}."
+            )
+
+
+def mask(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    """`value` as a boolean array of the input's rank; ValueError unless it broadcasts to `shape`."""
+    if value is None:
+        return None
+    value = jnp.asarray(value)
+    try:
+        fits = np.broadcast_shapes(value.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name}: a mask of shape {value.shape} does not broadcast to the input's shape "
+            f"{shape}. A mask of samples or positions needs trailing axes of size one."
+        )
+    value = value if value.dtype == jnp.bool_ else value != 0
+    return jnp.expand_dims(value, tuple(range(len(shape) - value.ndim)))
+
+
+def inputs(name: str, x: Any, given: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Checked input and mask; masked positions are zero, so that no gradient sees the padding."""
+    x = real(name, x)
+    valid = mask(name, given, x.shape)
+    return x if valid is None else jnp.where(valid, x, jnp.zeros((), x.dtype)), valid
+
+
+def need_positions(
+    name: str, reduced: tuple[int, ...], shape: tuple[int, ...], axis_name: Any
+) -> None:
+    """ValueError if statistics would be taken over single elements."""
+    if not reduced and axis_name is None:
+        raise ValueError(
+            f"{name}: an input of shape {shape} has too few axes: none is left to take "
+            "statistics over."
+        )
+
+
+def need_key(name: str, key: jax.Array | None) -> jax.Array:
+    """`key`; ValueError if there is none."""
+    if key is None:
+        raise ValueError(f"{name}: training draws random numbers and needs `key` (stream `ghost`).")
+    return key

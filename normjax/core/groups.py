@@ -1,0 +1,48 @@
+"""Splitting an axis into groups and joining it again, with the sharding kept where it can be."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def split(x: jax.Array, axis: int, groups: int) -> jax.Array:
+    """Axis of size n as two axes (groups, n / groups) of consecutive blocks.
+
+    If the axis is sharded over an Explicit mesh, whole groups stay on a device where their number
+    allows it; else the positions within a group are sharded, or, if that does not divide either,
+    nothing is.
+    """
+    shape = (*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
+    spec = _spec(x)
+    part = spec[axis]
+    if part is None:
+        return x.reshape(shape)
+    names = part if isinstance(part, tuple) else (part,)
+    devices = math.prod(jax.typeof(x).sharding.mesh.shape[n] for n in names)
+    if groups % devices == 0:
+        pair = (part, None)
+    elif shape[axis + 1] % devices == 0:
+        pair = (None, part)
+    else:
+        pair = (None, None)
+    return _reshape(x, shape, (*spec[:axis], *pair, *spec[axis + 1 :]))
+
+
+def join(x: jax.Array, axis: int, like: jax.Array) -> jax.Array:
+    """The inverse of `split`: axes `axis` and `axis + 1` become one, sharded as in `like`."""
+    shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+    if all(part is None for part in _spec(x)) and all(part is None for part in _spec(like)):
+        return x.reshape(shape)
+    return _reshape(x, shape, _spec(like))
+
+
+def _spec(x):
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
+
+
+def _reshape(x, shape, spec):
+    mesh = jax.typeof(x).sharding.mesh
+    return jnp.reshape(x, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*spec)))

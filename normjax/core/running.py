@@ -1,0 +1,77 @@
+"""How running statistics move."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from normjax.core.structs import Features, Moments, Running, feature_shape
+
+AVERAGES = ("exponential", "debiased", "cumulative")
+
+
+def init(features: Features, *, counted: bool = False) -> Running:
+    """Mean zero, variance one, no updates so far."""
+    shape = feature_shape(features)
+    count = jnp.zeros((), jnp.float32) if counted else None
+    return Running(jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32), count)
+
+
+def update(
+    state: Running,
+    new: Moments,
+    momentum: float,
+    *,
+    average: str = "exponential",
+    unbiased: bool = False,
+    skip_nonfinite: bool = False,
+) -> Running:
+    """Moves `state` towards the moments of a batch; a feature without samples keeps its own.
+
+    Args:
+      state: mean and var of shape [features].
+      new: moments of any shape with as many elements.
+      momentum: weight of the old statistics, in [0, 1].
+      average: "exponential": fixed weights. "debiased": the weights of the batches so far are those
+        of the exponential average, scaled to sum to one, so that the initial values never count.
+        "cumulative": all batches weigh the same.
+      unbiased: store the variance divided by n - 1 instead of n.
+      skip_nonfinite: leave all of `state` alone if any moment is inf or NaN.
+    """
+    new = lax.stop_gradient(Moments(*(a.reshape(state.mean.shape) for a in new)))
+    var = new.var * new.count / jnp.maximum(new.count - 1, 1) if unbiased else new.var
+    valid = new.count > 0
+    if skip_nonfinite:
+        valid &= jnp.all(jnp.isfinite(new.mean) & jnp.isfinite(var))
+    count, keep = state.count, jnp.asarray(momentum, state.mean.dtype)
+    if count is not None:
+        if average == "debiased":
+            keep = keep * (1 - keep**count) / jnp.maximum(1 - keep ** (count + 1), 1e-30)
+        elif average == "cumulative":
+            keep = count / (count + 1)
+        count = count + jnp.any(valid)
+
+    def blend(old, now):
+        now = now.astype(old.dtype)
+        return jnp.where(
+            valid, keep.astype(old.dtype) * old + (1 - keep).astype(old.dtype) * now, old
+        )
+
+    return Running(blend(state.mean, new.mean), blend(state.var, var), count)
+
+
+def update_groups(state: Running, new: Moments, momentum: float, **options) -> Running:
+    """The mean, over groups stacked on axis 0 of `new`, of what `update` makes of each group."""
+    each = jax.vmap(lambda m: update(state, m, momentum, **options))(new)
+    return jax.tree.map(lambda a: a.mean(0), each)
+
+
+def pool(a: Moments, b: Moments) -> Moments:
+    """Moments of the union of two disjoint samples."""
+    n = jnp.maximum(a.count + b.count, 1)
+    w = b.count / n
+    gap = b.mean - a.mean
+    return Moments(
+        a.count + b.count,
+        a.mean + w * gap,
+        (1 - w) * a.var + w * b.var + w * (1 - w) * jnp.square(gap),
+    )

@@ -1,0 +1,75 @@
+"""Merging moments over mapped devices: exact for unequal counts, one collective each way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from normjax.core.structs import AxisGroups, AxisName, Moments
+
+LARGE_MESSAGE = (
+    1 << 20
+)  # bytes; beyond, two small all-reduces beat one that carries every device's moments
+
+
+def merge(parts: Moments, axis: int = 0) -> Moments:
+    """Moments of the union of the samples whose moments lie along `axis`, which is dropped."""
+    count = parts.count.sum(axis, keepdims=True)
+    safe = jnp.maximum(count, 1)
+    first = lax.slice_in_dim(parts.mean, 0, 1, axis=axis)
+    mean = first + (parts.count * (parts.mean - first)).sum(axis, keepdims=True) / safe
+    gap = jnp.square(parts.mean - mean)
+    var = (parts.count * (parts.var + gap)).sum(axis, keepdims=True) / safe
+    return Moments(*(a.squeeze(axis) for a in (count, mean, var)))
+
+
+def over_devices(
+    part: Moments, axis_name: AxisName, groups: AxisGroups = None
+) -> tuple[Moments, Moments]:
+    """Moments over the devices of `axis_name`, or over each group of their indices.
+
+    Returns:
+      The moments of this device's group, and those of all groups stacked on axis 0. Without
+      `groups` both are the moments over all devices, the second with a leading axis of one.
+
+    Raises:
+      ValueError: if the groups do not name every device.
+    """
+    devices = lax.axis_size(axis_name)
+    if groups is None:
+        large = 3 * devices * part.mean.size * part.mean.dtype.itemsize > LARGE_MESSAGE
+        everyone = _in_two_steps(part, axis_name) if large else merge(gather(part, axis_name))
+        return everyone, jax.tree.map(lambda a: a[None], everyone)
+    named = sum(map(len, groups))
+    if named != devices:
+        raise ValueError(
+            f"axis_index_groups={groups} names {named} devices, but axis {axis_name!r} "
+            f"has {devices}."
+        )
+    parts = gather(part, axis_name)
+    owner = np.empty(devices, np.int32)
+    each = []
+    for number, group in enumerate(groups):
+        owner[list(group)] = number
+        members = np.array(group)
+        each.append(merge(Moments(*(a[members] for a in parts))))
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *each)
+    mine = jnp.asarray(owner)[lax.axis_index(axis_name)]
+    return jax.tree.map(lambda a: a[mine], stacked), stacked
+
+
+def gather(part: Moments, axis_name: AxisName) -> Moments:
+    """Every device's moments stacked on axis 0, by one psum, hence replicated for shard_map."""
+    index, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
+    message = jnp.stack(jnp.broadcast_arrays(*part))
+    here = (jnp.arange(devices) == index).reshape(-1, *(1,) * message.ndim)
+    stacked = lax.psum(jnp.where(here, message, 0), axis_name)
+    return Moments(stacked[:, 0], stacked[:, 1], stacked[:, 2])
+
+
+def _in_two_steps(part, axis_name):
+    count, total = lax.psum((part.count, part.count * part.mean), axis_name)
+    safe = jnp.maximum(count, 1)
+    mean = total / safe
+    square = part.count * (part.var + jnp.square(part.mean - mean))
+    return Moments(count, mean, lax.psum(square, axis_name) / safe)

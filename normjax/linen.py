@@ -1,0 +1,156 @@
+"""Every method as a Flax Linen module.
+
+One module serves all methods: it keeps parameters in the collection `params` and running statistics
+in `batch_stats`, and draws random numbers from the stream `ghost`. The classes with the names of
+Flax's own have Flax's fields in Flax's order, Flax's call signature and Flax's variable tree.
+"""
+
+import dataclasses
+import types
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+import normjax
+from normjax.core import checks
+from normjax.core.structs import from_dict, to_dict
+
+FLAX_FIELDS = {"use_fast_variance": True, "force_float32_reductions": True}
+
+
+class _Front(nn.Module):
+    @nn.compact
+    def __call__(self, x, use_running_average=None, *, mask=None, **inputs):
+        """Normalizes `x`.
+
+        Args:
+          x: real array; its feature axes set the shapes of the parameters.
+          use_running_average: evaluate with the running statistics instead of training; may be a
+            field instead. Methods that treat training and evaluation alike need neither.
+          mask: broadcasts to `x`; positions where it is False do not enter the statistics.
+          **inputs: what else the method takes.
+
+        Returns:
+          The method's output. While the module is being initialized this is the evaluation's, so
+          that no mapped axis is needed, and the statistics stay at their initial values.
+        """
+        method = self._method()
+        train = False
+        if checks.depends_on_train(method):
+            field = getattr(self, "use_running_average", None)
+            train = not nn.merge_param("use_running_average", field, use_running_average)
+        train = train and not self.is_initializing()
+        features = _features(method, x)
+
+        def initial(key, part, name):
+            return to_dict(method.init(key, features)[part])[name]
+
+        key = jax.random.key(0)
+        params, state = jax.eval_shape(lambda: method.init(key, features))
+        made = {name: self.param(name, initial, 0, name) for name in to_dict(params)}
+        cells = {
+            name: self.variable("batch_stats", name, initial, key, 1, name)
+            for name in to_dict(state)
+        }
+        params = from_dict(nn.unbox(params), made)
+        state = from_dict(state, {name: cell.value for name, cell in cells.items()})
+        key = self.make_rng("ghost") if train and checks.is_random(method) else None
+        y, state = method.apply(params, state, x, train=train, mask=mask, key=key, **inputs)
+        if train:
+            for name, value in to_dict(state).items():
+                cells[name].value = value
+        return y
+
+    def _method(self):
+        raise TypeError("Use normjax.linen.Norm(method) or a class with the name of a method.")
+
+
+class Norm(_Front):
+    """Any method as a module, such as `Norm(nj.chain(nj.LayerNorm(), nj.Affine()))`.
+
+    Attributes:
+      method: the method, an object with `init` and `apply`.
+      use_running_average: evaluate with the running statistics instead of training; may be given
+        per call.
+
+    Raises:
+      ValueError: if `method` is none, or if nobody says whether to train where that matters.
+
+    Example:
+      >>> import jax, normjax as nj, normjax.linen
+      >>> norm = normjax.linen.Norm(nj.Ghost(nj.BatchNorm(), groups=2))
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> variables = norm.init(jax.random.key(1), x, use_running_average=False)
+      >>> y, new = norm.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+      >>> sorted(new["batch_stats"])
+      ['mean', 'var']
+    """
+
+    method: Any
+    use_running_average: bool | None = None
+
+    def _method(self):
+        checks.method("Norm", self.method)
+        return self.method
+
+
+def _features(method, x):
+    at = checks.feature_axes(method)
+    shape = jax.numpy.shape(x)
+    axes = checks.axes(type(method).__name__, "axis", at, shape)
+    sizes = tuple(shape[i] for i in axes)
+    return sizes if isinstance(at, tuple) else sizes[0]
+
+
+def _module(method, *, like_flax=False):
+    """The module class of `method`: its fields, with those that only Flax has, and its documentation."""
+    fields = {f.name: (f.type, f.default) for f in dataclasses.fields(method)}
+    switch = {}
+    if checks.depends_on_train(method) is not False:
+        switch["use_running_average"] = (bool | None, None)
+    if like_flax:
+        declared = {
+            **switch,
+            **fields,
+            **{n: (bool, default) for n, default in FLAX_FIELDS.items()},
+        }
+    else:
+        declared = {**fields, **switch}
+
+    def body(namespace):
+        namespace["__module__"] = __name__
+        namespace["__doc__"] = method.__doc__
+        namespace["__annotations__"] = {name: kind for name, (kind, _) in declared.items()}
+        for name, (_, default) in declared.items():
+            if default is not dataclasses.MISSING:
+                namespace[name] = default
+        namespace["_method"] = lambda self: method(**{name: getattr(self, name) for name in fields})
+
+    return types.new_class(method.__name__, (_Front,), {}, body)
+
+
+BatchNorm = _module(normjax.BatchNorm, like_flax=True)
+BatchRenorm = _module(normjax.BatchRenorm)
+LayerNorm = _module(normjax.LayerNorm, like_flax=True)
+RMSNorm = _module(normjax.RMSNorm, like_flax=True)
+GroupNorm = _module(normjax.GroupNorm, like_flax=True)
+InstanceNorm = _module(normjax.InstanceNorm, like_flax=True)
+Affine = _module(normjax.Affine)
+DynamicTanh = _module(normjax.DynamicTanh)
+Ghost = _module(normjax.Ghost)
+Chain = _module(normjax.Chain)
+
+__all__ = [
+    "Affine",
+    "BatchNorm",
+    "BatchRenorm",
+    "Chain",
+    "DynamicTanh",
+    "Ghost",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "Norm",
+    "RMSNorm",
+]

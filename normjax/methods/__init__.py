@@ -1,0 +1,1 @@
+"""One file per paper or tight family: configuration, `init` and `apply`."""

@@ -1,0 +1,260 @@
+"""Batch normalization and batch renormalization."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from normjax.core import checks, passes, running, sync
+from normjax.core.structs import (
+    AffineParams,
+    Axes,
+    AxisGroups,
+    AxisName,
+    Features,
+    Key,
+    Moments,
+    Running,
+    affine_params,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchNorm:
+    """Batch normalization: `(x - mean) / sqrt(var + epsilon) * scale + bias` over the batch.
+
+    Ioffe & Szegedy, *Batch Normalization*, 2015, Algorithms 1 and 2,
+    https://arxiv.org/abs/1502.03167
+
+    Training takes mean and variance over all axes but `axis`; evaluation uses the running
+    statistics. The variance is the population variance, in training and in the running average; the
+    paper (Algorithm 2) and PyTorch store `n / (n - 1)` times it (`unbiased_running_var=True`). The
+    output has the dtype of the input (integers: float32) unless `dtype` says otherwise; statistics
+    and arithmetic are in at least float32.
+
+    Attributes:
+      axis: the feature axis, or several, with their own scale, bias and statistics.
+      momentum: weight of the old running statistics, in [0, 1].
+      epsilon: added to the variance, >= 0.
+      dtype: dtype of the output; None: that of the input.
+      param_dtype: dtype of scale and bias.
+      use_bias: whether `init` makes a bias.
+      use_scale: whether `init` makes a scale.
+      bias_init: initializer of the bias, called with (key, features, param_dtype).
+      scale_init: initializer of the scale, called with (key, features, param_dtype).
+      axis_name: mapped axis name(s) whose devices share statistics in training.
+      axis_index_groups: groups of device indices along `axis_name` that share statistics among
+        themselves. Running statistics average the groups, so that they are the same on every
+        device.
+      activation: pointwise function of the result, taken inside, so that reverse mode keeps the
+        input alone.
+      running_average: "exponential" with `momentum`; "debiased", the same without the initial
+        values' share; "cumulative", all batches alike. The last two add a leaf `count` to the
+        state.
+      unbiased_running_var: store the variance divided by n - 1 in the running statistics.
+      skip_nonfinite: leave the state alone when the moments of a batch are not all finite.
+
+    Raises:
+      ValueError: for a field outside its range; in `apply`, for axes or features that do not fit
+        the input.
+      TypeError: in `apply`, for complex or boolean input.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> method = nj.BatchNorm(momentum=0.9)
+      >>> params, state = method.init(jax.random.key(0), 3)
+      >>> x = jax.random.normal(jax.random.key(1), (8, 4, 4, 3))
+      >>> y, state = method.apply(params, state, x, train=True)
+      >>> y.shape, state.mean.shape
+      ((8, 4, 4, 3), (3,))
+      >>> y, _ = method.apply(params, state, x, train=False)
+    """
+
+    axis: Axes = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Callable[..., Any] = jax.nn.initializers.zeros
+    scale_init: Callable[..., Any] = jax.nn.initializers.ones
+    axis_name: AxisName = None
+    axis_index_groups: AxisGroups = None
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    running_average: Literal["exponential", "debiased", "cumulative"] = "exponential"
+    unbiased_running_var: bool = False
+    skip_nonfinite: bool = False
+
+    def __post_init__(self):
+        checks.configuration(self)
+        if self.running_average not in running.AVERAGES:
+            raise ValueError(
+                f"{type(self).__name__}: running_average={self.running_average!r} is not one of "
+                f"{', '.join(running.AVERAGES)}."
+            )
+
+    def init(self, key: Key, features: Features) -> tuple[AffineParams, Running]:
+        """Scale, bias (`param_dtype`), running mean 0 and variance 1 (float32), all [features]."""
+        features = checks.features(type(self).__name__, features)
+        return affine_params(self, key, features), running.init(features, counted=self._counted())
+
+    def apply(
+        self,
+        params: AffineParams,
+        state: Running,
+        x: jax.Array,
+        *,
+        train: bool,
+        mask: jax.Array | None = None,
+        key: Key = None,
+    ) -> tuple[jax.Array, Running]:
+        """Normalizes `x` with its own statistics (`train=True`) or the running ones.
+
+        Args:
+          params: scale and bias from `init`.
+          state: running statistics; returned moved if `train`, else unchanged.
+          x: real array of rank 2 or more with the features on `axis`.
+          train: whether to use and record the statistics of `x`.
+          mask: broadcasts to `x`; positions where it is False do not enter the statistics, and
+            nothing of them, NaN included, reaches the output at other positions or any gradient.
+          key: unused.
+
+        Returns:
+          The output, of the shape of `x`, and the state.
+        """
+        del key
+        name = type(self).__name__
+        x, mask = checks.inputs(name, x, mask)
+        at = checks.axes(name, "axis", self.axis, x.shape)
+        checks.match(name, "axis", at, x.shape, (*params, state.mean, state.var))
+        others = tuple(i for i in range(x.ndim) if i not in at)
+        params = AffineParams(*(None if a is None else jnp.expand_dims(a, others) for a in params))
+        mean, var = (jnp.expand_dims(a, others) for a in (state.mean, state.var))
+        if not train:
+            return self._normalize(x, mean, var, params), state
+
+        checks.need_positions(name, others, x.shape, self.axis_name)
+        now = passes.moments(x, others, mask=mask)
+        each = jax.tree.map(lambda a: a[None], now)
+        if self.axis_name is not None:
+            now, each = sync.over_devices(now, self.axis_name, self.axis_index_groups)
+        y = self._normalize_batch(x, now, Running(mean, var, state.count), params)
+        return y, running.update_groups(
+            state,
+            each,
+            self.momentum,
+            average=self.running_average,
+            unbiased=self.unbiased_running_var,
+            skip_nonfinite=self.skip_nonfinite,
+        )
+
+    def _counted(self):
+        return self.running_average != "exponential"
+
+    def _normalize(self, x, mean, var, params):
+        how = dict(epsilon=self.epsilon, activation=self.activation, dtype=self.dtype)
+        return passes.normalize(x, mean, var, params, **how)
+
+    def _normalize_batch(self, x, now: Moments, state: Running, params: AffineParams):
+        del state
+        return self._normalize(x, now.mean, now.var, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """A schedule: `start` until step `begin`, then linear to `stop` at step `end`.
+
+    Example:
+      >>> Ramp(1.0, 3.0, 5000, 40000)(22500)
+      2.0
+    """
+
+    start: float
+    stop: float
+    begin: int
+    end: int
+
+    def __call__(self, step):
+        """The value at `step`, a number or an array of any shape."""
+        share = (step - self.begin) / (self.end - self.begin)
+        clip = (
+            jnp.clip
+            if isinstance(share, jax.Array)
+            else lambda a, low, high: min(max(a, low), high)
+        )
+        return self.start + (self.stop - self.start) * clip(share, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchRenorm(BatchNorm):
+    """Batch renormalization: batch normalization corrected towards the running statistics.
+
+    Ioffe, *Batch Renormalization*, 2017, Algorithm 1, https://arxiv.org/abs/1702.03275
+
+    In training the normalized value becomes `(x - mean) / std * r + d` with `r = clip(std /
+    running_std, 1 / r_max, r_max)` and `d = clip((mean - running_mean) / running_std, -d_max,
+    d_max)`, both constant in the backward pass and taken before the running statistics move. `std`
+    is `sqrt(var + epsilon)` throughout. The defaults are the paper's ramps (section 4.1: r_max 1
+    until step 5000, 3 from step 40000; d_max 0 until step 5000, 5 from step 25000); `momentum`
+    keeps the 0.99 of the paper.
+
+    Attributes:
+      r_max: bound of the scale correction, >= 1, or a schedule (a function of the number of
+        updates, such as those of optax). A schedule adds the leaf `count` to the state.
+      d_max: bound of the shift correction, >= 0, or a schedule.
+      axis, momentum, epsilon, use_scale, use_bias, scale_init, bias_init, dtype, param_dtype,
+      axis_name,
+        axis_index_groups, activation, running_average, unbiased_running_var, skip_nonfinite: as in
+          `BatchNorm`.
+
+    Raises:
+      ValueError: for a bound outside its range, and as in `BatchNorm`.
+
+    Example:
+      >>> import jax, normjax as nj
+      >>> method = nj.BatchRenorm(r_max=3.0, d_max=5.0)
+      >>> params, state = method.init(jax.random.key(0), 3)
+      >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+      >>> y, state = method.apply(params, state, x, train=True)
+      >>> y.shape
+      (8, 3)
+    """
+
+    r_max: float | Callable[[jax.Array], Any] = Ramp(1.0, 3.0, 5000, 40000)
+    d_max: float | Callable[[jax.Array], Any] = Ramp(0.0, 5.0, 5000, 25000)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field, low in (("r_max", 1), ("d_max", 0)):
+            value = getattr(self, field)
+            if not callable(value) and not (checks.is_number(value) and value >= low):
+                raise ValueError(
+                    f"BatchRenorm: {field}={value!r} is neither a number >= {low} nor a schedule."
+                )
+
+    def _counted(self):
+        return super()._counted() or callable(self.r_max) or callable(self.d_max)
+
+    def _normalize_batch(self, x, now, state, params):
+        r_max = self.r_max(state.count) if callable(self.r_max) else self.r_max
+        d_max = self.d_max(state.count) if callable(self.d_max) else self.d_max
+        dtype = now.mean.dtype
+        deviation = jnp.sqrt(now.var + self.epsilon)
+        running_deviation = jnp.sqrt(state.var.astype(dtype) + self.epsilon)
+        ratio = deviation / running_deviation
+        shift = (now.mean - state.mean.astype(dtype)) / running_deviation
+        r = lax.stop_gradient(
+            jnp.clip(ratio, 1 / jnp.asarray(r_max, dtype), jnp.asarray(r_max, dtype))
+        )
+        d_max = jnp.asarray(d_max, dtype)
+        d = lax.stop_gradient(jnp.clip(shift, -d_max, d_max))
+        scale, bias = (None if a is None else a.astype(dtype) for a in params)
+        gain = lax.rsqrt(now.var + self.epsilon) * r
+        gain, d = (gain, d) if scale is None else (gain * scale, d * scale)
+        offset = d if bias is None else d + bias
+        how = dict(activation=self.activation, dtype=self.dtype)
+        return passes.affine(x, now.mean, gain, offset, **how)

@@ -1,0 +1,125 @@
+"""Normalization of parts of the batch."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from normjax.core import checks, groups
+from normjax.core.structs import Axes, Features, Key
+
+
+@dataclasses.dataclass(frozen=True)
+class Ghost:
+    """Runs a method on equal parts of the batch in training; evaluation runs it once on all of it.
+
+    Hoffer, Hubara & Soudry, *Train longer, generalize better*, 2017, Algorithm 1 (ghost batch
+    normalization), https://arxiv.org/abs/1705.08741
+
+    Part i is the i-th block of consecutive samples of the *global* batch: under jit by itself;
+    under a named axis (the method's `axis_name`) devices hold consecutive blocks of it, and either
+    whole groups lie on a device, or whole devices share a group. So the result does not depend on
+    how many devices there are. Running statistics are the mean of what each part makes of the old
+    ones; the paper's Algorithm 1 moves them by the parts one after the other.
+
+    Attributes:
+      method: the method, such as `BatchNorm()`.
+      groups: number of parts; divides the batch.
+
+    Raises:
+      ValueError: for a method that is none, or for groups that do not divide the batch or fit the
+        devices.
+
+    Example:
+      >>> import jax, normjax as nj
+      >>> method = nj.Ghost(nj.BatchNorm(), groups=4)
+      >>> params, state = method.init(jax.random.key(0), 3)
+      >>> x = jax.random.normal(jax.random.key(1), (32, 3))
+      >>> y, state = method.apply(params, state, x, train=True)
+      >>> y.shape
+      (32, 3)
+    """
+
+    method: Any
+    groups: int
+
+    def __post_init__(self):
+        checks.configuration(self)
+        if getattr(self.method, "axis_index_groups", None) is not None:
+            raise ValueError("Ghost: the method has axis_index_groups; Ghost makes these itself.")
+        for part in getattr(self.method, "methods", ()):
+            if getattr(part, "axis_name", None) is not None:
+                raise ValueError(
+                    f"Ghost: a part of the chain has axis_name={part.axis_name!r}: put "
+                    "Ghost around the parts."
+                )
+
+    @property
+    def axis(self) -> Axes:
+        """The feature axes of the method."""
+        return checks.feature_axes(self.method)
+
+    @property
+    def random(self) -> bool:
+        """Whether training draws random numbers."""
+        return checks.is_random(self.method)
+
+    @property
+    def depends_on_train(self) -> bool:
+        """Whether training and evaluation differ."""
+        return checks.depends_on_train(self.method)
+
+    def init(self, key: Key, features: Features) -> tuple[Any, Any]:
+        """Parameters and state of the method."""
+        return self.method.init(key, features)
+
+    def apply(
+        self,
+        params: Any,
+        state: Any,
+        x: jax.Array,
+        *,
+        train: bool,
+        mask: jax.Array | None = None,
+        key: Key = None,
+        **inputs: Any,
+    ) -> tuple[Any, Any]:
+        """Runs the method on each part; `mask` and `inputs` (batch on axis 0) are divided too."""
+        if not train:
+            how = dict(train=False, mask=mask, key=key, **inputs)
+            return self.method.apply(params, state, x, **how)
+        x = checks.real("Ghost", x)
+        axis_name = getattr(self.method, "axis_name", None)
+        devices = 1 if axis_name is None else lax.axis_size(axis_name)
+        if self.groups % devices and devices % self.groups:
+            raise ValueError(
+                f"Ghost: {self.groups} groups and {devices} devices along axis {axis_name!r}: "
+                "one must divide the other."
+            )
+        if self.groups < devices:
+            size = devices // self.groups
+            shared = tuple(tuple(range(i, i + size)) for i in range(0, devices, size))
+            method = dataclasses.replace(self.method, axis_index_groups=shared)
+            return method.apply(params, state, x, train=True, mask=mask, key=key, **inputs)
+
+        here = self.groups // devices
+        method = self.method if devices == 1 else dataclasses.replace(self.method, axis_name=None)
+        if x.ndim == 0 or x.shape[0] % here:
+            raise ValueError(f"Ghost: {here} groups do not divide a batch of shape {x.shape}.")
+        mask = checks.mask("Ghost", mask, x.shape)
+        whole = mask is not None and mask.shape[0] == 1
+        mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:])) if whole else mask
+        keys = None if key is None else jax.random.split(key, here)
+        parts = jax.tree.map(lambda a: groups.split(a, 0, here), (x, mask, inputs))
+
+        def run(part, key):
+            x, mask, inputs = part
+            return method.apply(params, state, x, train=True, mask=mask, key=key, **inputs)
+
+        y, new = jax.vmap(run)(parts, keys)
+        new = jax.tree.map(lambda a: a.mean(0), new)
+        if devices > 1 and jax.tree.leaves(new):
+            new = lax.pmean(new, axis_name)
+        return jax.tree.map(lambda a: groups.join(a, 0, like=x), y), new

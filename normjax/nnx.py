@@ -1,0 +1,235 @@
+"""Every method as a Flax NNX module.
+
+One module serves all methods: parameters are `nnx.Param`, running statistics `nnx.BatchStat`,
+random numbers come from the stream `ghost`. The classes with the names of Flax's own have Flax's
+arguments, call signature and variable tree. `model.train()`, `model.eval()` and `nnx.view` switch
+`use_running_average`.
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+import normjax
+from normjax.core import checks
+from normjax.core.structs import from_dict, to_dict
+
+FLAX_ARGUMENTS = ("use_fast_variance", "promote_dtype")
+
+
+class Norm(nnx.Module):
+    """Any method as a module, such as `Norm(nj.chain(nj.LayerNorm(), nj.Affine()), 64, rngs=rngs)`.
+
+    Attributes:
+      method: the method, an object with `init` and `apply`; its fields are readable on the module.
+      use_running_average: whether calls evaluate with the running statistics instead of training.
+
+    Raises:
+      ValueError: if `method` is none, or `num_features` does not suit it.
+
+    Example:
+      >>> import jax, normjax as nj, normjax.nnx
+      >>> from flax import nnx
+      >>> norm = normjax.nnx.Norm(nj.Ghost(nj.BatchNorm(), groups=2), 3, rngs=nnx.Rngs(0))
+      >>> y = norm(jax.random.normal(jax.random.key(0), (8, 3)))
+      >>> sorted(nnx.state(norm))
+      ['bias', 'mean', 'scale', 'var']
+    """
+
+    def __init__(
+        self,
+        method: Any,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: nnx.Rngs,
+        metadata: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        """Makes parameters and statistics.
+
+        Args:
+          method: the method.
+          num_features: size of the feature axis, or sizes of the feature axes.
+          use_running_average: as the attribute.
+          rngs: the stream `params` initializes; `ghost` is kept if the method draws random numbers.
+          metadata: of the variables of each name, such as `{"scale": {"sharding_names":
+            ("model",)}}`.
+        """
+        checks.method("Norm", method)
+        self.method = method
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.rngs = rngs["ghost"].fork() if checks.is_random(method) else nnx.data(None)
+        params, state = method.init(jax.random.key(0), num_features)
+        metadata = metadata or {}
+
+        def fresh(path):
+            value = to_dict(method.init(rngs.params(), num_features)[0])
+            for name in path:
+                value = value[name]
+            return value
+
+        variables = _merge(
+            _map(
+                lambda path, _: nnx.Param(fresh(path), **metadata.get(path[-1], {})),
+                to_dict(params),
+            ),
+            _map(lambda path, a: nnx.BatchStat(a, **metadata.get(path[-1], {})), to_dict(state)),
+        )
+        for name in dict.fromkeys((*getattr(params, "_fields", ()), *variables)):
+            value = variables.get(name)
+            setattr(self, name, _nested(value) if isinstance(value, dict) else nnx.data(value))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """Normalizes `x` and, in training, moves the statistics.
+
+        Args:
+          x: real array with `num_features` on the feature axis.
+          use_running_average: overrides the attribute for this call.
+          mask: broadcasts to `x`; positions where it is False do not enter the statistics.
+          **inputs: what else the method takes.
+        """
+        evaluate = self.use_running_average if use_running_average is None else use_running_average
+        if evaluate is None:
+            raise ValueError(
+                f"{type(self).__name__}: use_running_average was given neither at construction "
+                "nor at the call."
+            )
+        shapes = jax.eval_shape(lambda: self.method.init(jax.random.key(0), self.num_features))
+        params = from_dict(shapes[0], self._values(to_dict(shapes[0])))
+        state = from_dict(shapes[1], self._values(to_dict(shapes[1])))
+        key = self.rngs() if not evaluate and checks.is_random(self.method) else None
+        how = dict(train=not evaluate, mask=mask, key=key, **inputs)
+        y, state = self.method.apply(params, state, x, **how)
+        if not evaluate:
+            _map(
+                lambda path, a: self._variable(path).set_value(jax.lax.stop_gradient(a)),
+                to_dict(state),
+            )
+        return y
+
+    def set_view(self, use_running_average: bool | None = None):
+        """Used by `nnx.view`.
+
+        Args:
+          use_running_average: evaluate with the running statistics; None leaves the attribute
+            alone.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def __getattr__(self, name: str) -> Any:
+        method = vars(self).get("method")
+        if method is not None and name in {f.name for f in dataclasses.fields(method)}:
+            return getattr(method, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _variable(self, path):
+        value = getattr(self, path[0])
+        for name in path[1:]:
+            value = value[name]
+        return value
+
+    def _values(self, tree):
+        return _map(lambda path, _: self._variable(path)[...], tree)
+
+
+def _map(function, tree, path=()):
+    """`function(path, leaf)` for every leaf of nested dicts."""
+    return {
+        name: _map(function, value, (*path, name))
+        if isinstance(value, dict)
+        else function((*path, name), value)
+        for name, value in tree.items()
+    }
+
+
+def _merge(a, b):
+    both = {name: _merge(a[name], b[name]) for name in a.keys() & b.keys()}
+    return {**a, **b, **both}
+
+
+def _nested(tree):
+    return nnx.Dict({k: _nested(v) if isinstance(v, dict) else v for k, v in tree.items()})
+
+
+def _module(method, *, like_flax=False):
+    """The module class of `method`: it takes the fields of the method and has its documentation."""
+    fields = dataclasses.fields(method)
+    positional = [f.name for f in fields if not f.kw_only]
+
+    def __init__(self, num_features, *args, use_running_average=False, rngs, **given):
+        name = type(self).__name__
+        if len(args) > len(positional):
+            raise TypeError(
+                f"{name}: {len(args)} positional arguments after num_features are too many."
+            )
+        given = {**dict(zip(positional, args, strict=False)), **given}
+        metadata = {
+            key.removesuffix("_metadata"): given.pop(key)
+            for key in list(given)
+            if key in ("scale_metadata", "bias_metadata")
+        }
+        if like_flax:
+            given.pop("use_fast_variance", None)
+            _check_promotion(name, given.pop("promote_dtype", None))
+        Norm.__init__(
+            self,
+            method(**given),
+            num_features,
+            use_running_average=use_running_average,
+            rngs=rngs,
+            metadata=metadata,
+        )
+
+    def body(namespace):
+        namespace["__module__"] = __name__
+        namespace["__doc__"] = method.__doc__
+        namespace["__init__"] = __init__
+
+    return types.new_class(method.__name__, (Norm,), {}, body)
+
+
+def _check_promotion(name, promote):
+    if promote not in (None, nnx.nn.dtypes.promote_dtype):
+        raise ValueError(
+            f"{name}: promote_dtype={promote!r} is not supported: statistics and arithmetic are in "
+            "at least float32, and `dtype` sets the dtype of the output."
+        )
+
+
+BatchNorm = _module(normjax.BatchNorm, like_flax=True)
+BatchRenorm = _module(normjax.BatchRenorm)
+LayerNorm = _module(normjax.LayerNorm, like_flax=True)
+RMSNorm = _module(normjax.RMSNorm, like_flax=True)
+GroupNorm = _module(normjax.GroupNorm, like_flax=True)
+InstanceNorm = _module(normjax.InstanceNorm, like_flax=True)
+Affine = _module(normjax.Affine)
+DynamicTanh = _module(normjax.DynamicTanh)
+Ghost = _module(normjax.Ghost)
+Chain = _module(normjax.Chain)
+
+__all__ = [
+    "Affine",
+    "BatchNorm",
+    "BatchRenorm",
+    "Chain",
+    "DynamicTanh",
+    "Ghost",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "Norm",
+    "RMSNorm",
+]

@@ -1,0 +1,185 @@
+"""Compares normjax's methods with the reference vectors and the float64 oracles."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+import vector_files
+
+import normjax as nj
+
+TOLERANCE = {"float32": 2e-5, "float64": 1e-10}  # absolute and, beyond one, relative
+KINDS = (("float32", False), ("float64", True))  # dtype and whether masked, of a case's two runs
+OFFSET_TOLERANCE = 1e-5  # relative error of a float32 variance at offset / std = 1e4
+ROUNDING_FACTOR = 1.2  # bfloat16 output error against that of rounding the exact output
+STATISTICS = (
+    nj.BatchNorm,
+    nj.LayerNorm,
+    nj.RMSNorm,
+    nj.GroupNorm,
+    nj.InstanceNorm,
+)  # and subclasses
+
+
+def close(actual, desired, tolerance):
+    chex.assert_trees_all_close(actual, desired, atol=tolerance, rtol=tolerance)
+
+
+def draw(seed, *shape, dtype="float32"):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def ragged(seed, *shape, share=0.7):
+    """A boolean mask with about `share` of the positions valid."""
+    return np.random.default_rng(seed).random(shape) < share
+
+
+def variables(method, features, *, seed=100, count=3.0, dtype="float32"):
+    """Parameters and state of `method.init` with other values: `count` updates, the rest random."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name, value = path[-1].name, rng.normal(size=leaf.shape)
+        if name == "count":
+            value = count
+        elif name == "var":
+            value = 0.5 + value**2
+        elif name in ("scale", "alpha"):
+            value = 1 + 0.3 * value
+        return jnp.asarray(value, dtype)
+
+    return jax.tree.map_with_path(fill, method.init(jax.random.key(0), features))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "train"))
+def run(method, params, state, x, *, train=True, mask=None, cotangent=None):
+    """Output, new state and, given a cotangent, the gradients of params and x."""
+
+    def forward(params, x):
+        return method.apply(params, state, x, train=train, mask=mask)
+
+    if cotangent is None:
+        return *forward(params, x), None
+    y, pull, new = jax.vjp(forward, params, x, has_aux=True)
+    return y, new, pull(cotangent)
+
+
+def check_vectors(name):
+    """Three training steps, the gradients of the first and an evaluation, all as recorded."""
+    config, arrays = vector_files.load(name)
+    method, tolerance = vector_files.method(name), TOLERANCE["float64"]
+    tracked = "state_0_mean" in arrays
+    with jax.enable_x64(True):
+        features = np.shape(arrays.get("param_scale", np.empty(arrays["x_1"].shape[-1])))
+        params, state = method.init(jax.random.key(0), features)
+        given = {k: jnp.asarray(v) for k, v in arrays.items()}
+        names = [k for k in ("scale", "bias") if f"param_{k}" in arrays]
+        params = params._replace(**{k: given[f"param_{k}"] for k in names})
+        if tracked:
+            state = jax.tree.map(lambda a: a.astype("float64"), state)
+            state = state._replace(mean=given["state_0_mean"], var=given["state_0_var"])
+
+        cotangent = given["cotangent"]
+        y, state, (dparams, dx) = run(method, params, state, given["x_1"], cotangent=cotangent)
+        if not config.get("stop_stats_grad"):
+            close(dx, arrays["grad_x"], tolerance)
+        for k in names:
+            close(getattr(dparams, k), arrays[f"grad_{k}"], tolerance)
+        for k in (1, 2, 3):
+            if k > 1:
+                y, state, _ = run(method, params, state, given[f"x_{k}"])
+            close(y, arrays[f"y_{k}"], tolerance)
+            if tracked:
+                close(state.mean, arrays[f"state_{k}_mean"], tolerance)
+                close(state.var, arrays[f"state_{k}_var"], tolerance)
+        y, _, _ = run(method, params, state, given["x_eval"], train=not tracked)
+        close(y, arrays["y_eval"], tolerance)
+
+
+def check_oracle(method, features, x, *, mask=None, train=True, count=3.0, dtype="float32"):
+    """Output, state and, in training, gradients against the oracle; masked inputs become NaN."""
+    tolerance = TOLERANCE[dtype]
+    with jax.enable_x64(dtype == "float64"):
+        x = np.asarray(x, dtype)
+        if mask is not None:
+            x = np.where(mask, x, np.asarray(np.nan, dtype))
+        params, state = variables(method, features, count=count, dtype=dtype)
+        g = draw(200, *x.shape, dtype=dtype) if train else None
+        y, new, pulled = run(method, params, state, x, train=train, mask=mask, cotangent=g)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+        chex.assert_type(y, dtype)
+        expected_y, expected_state = reference.apply(
+            method, params, state, x, train=train, mask=mask
+        )
+        close(y, expected_y.astype(dtype), tolerance)
+        close(new, jax.tree.map(lambda a: np.asarray(a, dtype), expected_state), tolerance)
+        if g is None:
+            return
+        dparams, dx = pulled
+        chex.assert_tree_all_finite((dparams, dx))
+        core = getattr(method, "method", method)
+        if isinstance(core, STATISTICS) and core.activation is None:
+            expected = reference.gradients(method, params, state, x, g, mask=mask)
+            actual = (dx, dparams.scale, getattr(dparams, "bias", None))
+            for ours, theirs in zip(actual, expected, strict=True):
+                if ours is not None:
+                    close(ours, theirs.astype(dtype), tolerance)
+
+
+def check_case(make, case, kind):
+    """`check_oracle` of `make(**fields)` for a case of fields, shape and features."""
+    fields, (dtype, masked) = dict(case), kind
+    shape, features = fields.pop("shape"), fields.pop("features")
+    mask = ragged(1, *shape) if masked else None
+    check_oracle(make(**fields), features, draw(0, *shape), mask=mask, dtype=dtype)
+
+
+def check_offset(method, shape, axes):
+    """The float32 variance at offset / std = 1e4, seen in the slope of a method without scale."""
+    x = (1e4 + draw(0, *shape)).astype("float32")
+    y, _, _ = run(method, *method.init(jax.random.key(0), shape[-1]), x)
+    exact, y = x.astype("float64"), np.asarray(y, "float64")
+    exact -= exact.mean(axes, keepdims=True)
+    std = (exact**2).sum(axes) / (exact * y).sum(axes)
+    np.testing.assert_allclose(
+        std**2 - method.epsilon, (exact**2).mean(axes), rtol=OFFSET_TOLERANCE
+    )
+
+
+def check_dtypes(method, features, x):
+    """Output dtype: the input's, or the method's; parameters and statistics keep theirs."""
+    params, state = method.init(jax.random.key(0), features)
+    for dtype in ("bfloat16", "float16", "float32"):
+        y, new, _ = run(method, params, state, jnp.asarray(x, dtype))
+        chex.assert_type(y, method.dtype or dtype)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+
+
+def check_rounding(method, features, x):
+    """A bfloat16 output is about as near to the exact one as a bfloat16 number can be."""
+    x = jnp.asarray(x, "bfloat16")
+    params, state = variables(method, features)
+    y, _, _ = run(method, params, state, x)
+    exact, _ = reference.apply(method, params, state, x, train=True)
+    error = np.abs(np.asarray(y).astype("float64") - exact)
+    best = np.abs(exact.astype(y.dtype).astype("float64") - exact)
+    assert error.max() <= ROUNDING_FACTOR * best.max(), (error.max(), best.max())
+    rms, best_rms = np.sqrt(np.mean(error**2)), np.sqrt(np.mean(best**2))
+    assert rms <= ROUNDING_FACTOR * best_rms, (rms, best_rms)
+
+
+def check_rejects(test, pieces, function, *args, **kwargs):
+    """The call raises ValueError or TypeError whose text has every one of `pieces`."""
+    with test.assertRaises((ValueError, TypeError)) as caught:
+        function(*args, **kwargs)
+    for piece in pieces:
+        test.assertIn(str(piece), str(caught.exception))
+
+
+def check_rejects_input(test, method, features, x, mask, *pieces):
+    params, state = method.init(jax.random.key(0), features)
+    pieces = (type(method).__name__, *pieces)
+    check_rejects(test, pieces, method.apply, params, state, x, train=True, mask=mask)
