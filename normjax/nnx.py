@@ -65,6 +65,7 @@ class Norm(nnx.Module):
         self.use_running_average = use_running_average
         self.rngs = rngs["ghost"].fork() if checks.is_random(method) else nnx.data(None)
         params, state = method.init(jax.random.key(0), num_features)
+        self._structure = jax.tree.structure((params, state))
         metadata = metadata or {}
 
         def fresh(path):
@@ -106,9 +107,10 @@ class Norm(nnx.Module):
                 f"{type(self).__name__}: use_running_average was given neither at construction "
                 "nor at the call."
             )
-        shapes = jax.eval_shape(lambda: self.method.init(jax.random.key(0), self.num_features))
-        params = from_dict(shapes[0], self._values(to_dict(shapes[0])))
-        state = from_dict(shapes[1], self._values(to_dict(shapes[1])))
+        structure = self._structure
+        params, state = jax.tree.unflatten(structure, range(structure.num_leaves))
+        params = from_dict(params, self._values(to_dict(params)))
+        state = from_dict(state, self._values(to_dict(state)))
         key = self.rngs() if not evaluate and checks.is_random(self.method) else None
         how = dict(train=not evaluate, mask=mask, key=key, **inputs)
         y, state = self.method.apply(params, state, x, **how)

@@ -162,7 +162,7 @@ def public_modules():
 def public_objects():
     """Every public name but submodules."""
     for module in map(importlib.import_module, public_modules()):
-        for name in module.__all__:
+        for name in getattr(module, "__all__", ()):
             thing = getattr(module, name)
             if not inspect.ismodule(thing):
                 yield pytest.param(thing, id=f"{module.__name__}.{name}")

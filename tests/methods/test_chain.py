@@ -85,5 +85,6 @@ class ChainTest(parameterized.TestCase):
 
     def test_rejects_methods(self):
         agreement.check_rejects(self, ("chain", "method"), nj.chain)
-        agreement.check_rejects(self, ("chain", "relu"), nj.chain, nj.BatchNorm(), jax.nn.relu)
-        agreement.check_rejects(self, ("chain", "BatchNorm"), nj.chain, nj.BatchNorm)
+        pieces = ("chain", "is not a method")
+        agreement.check_rejects(self, pieces, nj.chain, nj.BatchNorm(), jax.nn.relu)
+        agreement.check_rejects(self, (*pieces, "BatchNorm"), nj.chain, nj.BatchNorm)

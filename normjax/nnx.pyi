@@ -1,0 +1,359 @@
+"""Every method as a Flax NNX module; written by `python -m tests.stubs`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+from flax import nnx as flax_nnx
+
+class Norm(flax_nnx.Module):
+    method: Any
+    num_features: int | tuple[int, ...]
+    use_running_average: bool
+    def __init__(
+        self,
+        method: Any,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        metadata: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        **inputs: Any,
+    ) -> Any: ...
+    def set_view(self, use_running_average: bool | None = None) -> None: ...
+    def __getattr__(self, name: str) -> Any: ...
+
+class Affine(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class BatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    momentum: float
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        momentum: float = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+        use_fast_variance: bool = ...,
+        promote_dtype: Any = ...,
+    ) -> None: ...
+
+class BatchRenorm(Norm):
+    axis: int | tuple[int, ...]
+    momentum: float
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    r_max: float | Callable[[jax.Array], Any]
+    d_max: float | Callable[[jax.Array], Any]
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        momentum: float = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        r_max: float | Callable[[jax.Array], Any] = ...,
+        d_max: float | Callable[[jax.Array], Any] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class Chain(Norm):
+    methods: tuple[Any, ...]
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        methods: tuple[Any, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class DynamicTanh(Norm):
+    axis: int | tuple[int, ...]
+    alpha_init: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        alpha_init: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class Ghost(Norm):
+    method: Any
+    groups: int
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        method: Any,
+        groups: int,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class GroupNorm(Norm):
+    num_groups: int | None
+    group_size: int | None
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    reduction_axes: int | tuple[int, ...] | None
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        num_groups: int | None = ...,
+        group_size: int | None = ...,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        reduction_axes: int | tuple[int, ...] | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+        use_fast_variance: bool = ...,
+        promote_dtype: Any = ...,
+    ) -> None: ...
+
+class InstanceNorm(Norm):
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    feature_axes: int | tuple[int, ...]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        feature_axes: int | tuple[int, ...] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+        use_fast_variance: bool = ...,
+        promote_dtype: Any = ...,
+    ) -> None: ...
+
+class LayerNorm(Norm):
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    reduction_axes: int | tuple[int, ...]
+    feature_axes: int | tuple[int, ...]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        reduction_axes: int | tuple[int, ...] = ...,
+        feature_axes: int | tuple[int, ...] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+        use_fast_variance: bool = ...,
+        promote_dtype: Any = ...,
+    ) -> None: ...
+
+class RMSNorm(Norm):
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    reduction_axes: int | tuple[int, ...]
+    feature_axes: int | tuple[int, ...]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        reduction_axes: int | tuple[int, ...] = ...,
+        feature_axes: int | tuple[int, ...] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+        use_fast_variance: bool = ...,
+        promote_dtype: Any = ...,
+    ) -> None: ...
+
+__all__ = [
+    "Affine",
+    "BatchNorm",
+    "BatchRenorm",
+    "Chain",
+    "DynamicTanh",
+    "Ghost",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "Norm",
+    "RMSNorm",
+]

@@ -1,0 +1,47 @@
+"""The table: one line per method and variant buys every check of the contract."""
+
+import jax
+
+import normjax as nj
+from normjax.testing import Subject
+
+CASES = {
+    "BatchNorm": Subject(nj.BatchNorm(momentum=0.9), (16, 3, 3, 4)),
+    "BatchNorm, features": Subject(nj.BatchNorm(), (16, 5)),
+    "BatchNorm, channels first": Subject(nj.BatchNorm(axis=1), (16, 4, 5)),
+    "BatchNorm, two axes": Subject(nj.BatchNorm(axis=(1, -1)), (16, 2, 3, 2)),
+    "BatchNorm, no affine": Subject(nj.BatchNorm(use_scale=False, use_bias=False), (16, 4)),
+    "BatchNorm, relu inside": Subject(nj.BatchNorm(activation=jax.nn.relu), (16, 3, 3, 4)),
+    "BatchNorm, debiased": Subject(nj.BatchNorm(running_average="debiased"), (16, 4)),
+    "BatchNorm, cumulative": Subject(nj.BatchNorm(running_average="cumulative"), (16, 4)),
+    "BatchNorm, unbiased, guarded": Subject(
+        nj.BatchNorm(unbiased_running_var=True, skip_nonfinite=True), (16, 4)
+    ),
+    "BatchRenorm": Subject(nj.BatchRenorm(r_max=1.5, d_max=0.5), (16, 3, 3, 4)),
+    "BatchRenorm, ramps": Subject(nj.BatchRenorm(), (16, 4)),
+    "LayerNorm": Subject(nj.LayerNorm(), (16, 3, 6)),
+    "LayerNorm, all axes": Subject(
+        nj.LayerNorm(reduction_axes=(1, 2), feature_axes=(1, 2)), (16, 3, 4)
+    ),
+    "LayerNorm, gelu inside": Subject(nj.LayerNorm(activation=jax.nn.gelu), (16, 6)),
+    "LayerNorm, feature axis elsewhere": Subject(
+        nj.LayerNorm(reduction_axes=(1, 2), feature_axes=-1), (16, 3, 4)
+    ),
+    "RMSNorm": Subject(nj.RMSNorm(), (16, 3, 6)),
+    "GroupNorm": Subject(nj.GroupNorm(2), (16, 3, 3, 4)),
+    "GroupNorm, features": Subject(nj.GroupNorm(2), (16, 6)),
+    "GroupNorm, relu inside": Subject(nj.GroupNorm(None, 2, activation=jax.nn.relu), (16, 3, 4)),
+    "InstanceNorm": Subject(nj.InstanceNorm(), (16, 3, 3, 4)),
+    "Affine": Subject(nj.Affine(), (16, 4)),
+    "DynamicTanh": Subject(nj.DynamicTanh(), (16, 4)),
+    "Ghost, 4 groups": Subject(nj.Ghost(nj.BatchNorm(), groups=4), (16, 3, 4), drops_rows=False),
+    "Ghost, 8 groups": Subject(nj.Ghost(nj.BatchNorm(), groups=8), (16, 3, 4), drops_rows=False),
+    "Ghost, renorm": Subject(
+        nj.Ghost(nj.BatchRenorm(r_max=2.0, d_max=1.0), groups=2), (16, 4), drops_rows=False
+    ),
+    "chain": Subject(
+        nj.chain(nj.LayerNorm(use_scale=False), nj.BatchNorm(use_bias=False), nj.Affine()),
+        (16, 3, 4),
+        residual_bytes=3.1,
+    ),
+}

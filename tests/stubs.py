@@ -1,0 +1,102 @@
+"""Writes the type stubs of the two front ends from the methods' fields: `python -m tests.stubs`."""
+
+import dataclasses
+import inspect
+import pathlib
+import sys
+
+import normjax
+from normjax import linen, nnx
+from normjax.core import checks
+
+PACKAGE = pathlib.Path(normjax.__file__).parent
+HEAD = '''"""{title}; written by `python -m tests.stubs`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+from flax import {front} as flax_{front}
+
+'''
+CALL = """    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        **inputs: Any,
+    ) -> {output}: ...
+"""
+
+
+def kind(field):
+    """The annotation of a field as source text."""
+    text = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+    for name in ("collections.abc.", "typing.", "jax._src.basearray.", "jaxlib._jax."):
+        text = text.replace(name, "")
+    text = text.replace("jax.Array", "Array").replace("Array", "jax.Array")
+    return text.replace("NoneType", "None").replace("'", '"')
+
+
+def default(field):
+    """`= ...`, or nothing for a field that must be given."""
+    return "" if field.default is dataclasses.MISSING else " = ..."
+
+
+def linen_class(name, cls):
+    """Source text of one Linen module class."""
+    own = [f for f in dataclasses.fields(cls) if f.name not in ("parent", "name")]
+    lines = [f"class {name}(flax_linen.Module):"]
+    lines += [f"    {f.name}: {kind(f)}{default(f)}" for f in own]
+    return "\n".join(lines) + "\n" + CALL.format(output="Any")
+
+
+def nnx_class(name, cls):
+    """Source text of one NNX module class."""
+    if name == "Norm":
+        head = ["method: Any", "num_features: int | tuple[int, ...]", "*"]
+        tail = ["metadata: Mapping[str, Mapping[str, Any]] | None = None"]
+        fields, readable = [], ["method: Any"]
+    else:
+        method = getattr(normjax, name)
+        every = dataclasses.fields(method)
+        head = ["num_features: int | tuple[int, ...]"]
+        head += [f"{f.name}: {kind(f)}{default(f)}" for f in every if not f.kw_only] + ["*"]
+        fields = [f"{f.name}: {kind(f)}{default(f)}" for f in every if f.kw_only]
+        tail = [f"{part}_metadata: Mapping[str, Any] = ..." for part in ("scale", "bias")]
+        if hasattr(nnx.nnx, name):
+            tail += ["use_fast_variance: bool = ...", "promote_dtype: Any = ..."]
+        readable = [f"{f.name}: {kind(f)}" for f in every]
+    arguments = [*head, "use_running_average: bool = False", "rngs: flax_nnx.Rngs", *fields, *tail]
+    lines = [f"class {name}(Norm):" if name != "Norm" else "class Norm(flax_nnx.Module):"]
+    lines += [f"    {field}" for field in readable]
+    if name == "Norm":
+        lines += ["    num_features: int | tuple[int, ...]", "    use_running_average: bool"]
+    lines += ["    def __init__(", "        self,"] + [f"        {a}," for a in arguments]
+    lines += ["    ) -> None: ..."]
+    if name == "Norm":
+        lines += [CALL.format(output="Any").rstrip()]
+        lines += ["    def set_view(self, use_running_average: bool | None = None) -> None: ..."]
+        lines += ["    def __getattr__(self, name: str) -> Any: ..."]
+    return "\n".join(lines) + "\n"
+
+
+def stubs():
+    """Source text of both stub files by path."""
+    fronts = {"linen": (linen, linen_class), "nnx": (nnx, nnx_class)}
+    files = {}
+    for front, (module, write) in fronts.items():
+        title = f"Every method as a Flax {'NNX' if front == 'nnx' else 'Linen'} module"
+        names = sorted(module.__all__, key=lambda name: (name != "Norm", name))
+        parts = [write(name, getattr(module, name)) for name in names]
+        exported = "".join(f'    "{name}",\n' for name in module.__all__)
+        text = HEAD.format(title=title, front=front) + "\n".join(parts)
+        files[PACKAGE / f"{front}.pyi"] = text + f"\n__all__ = [\n{exported}]\n"
+    return files
+
+
+if __name__ == "__main__":
+    for path, text in stubs().items():
+        path.write_text(text)
+        sys.stdout.write(f"{path.name}\n")

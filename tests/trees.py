@@ -1,0 +1,61 @@
+"""Writes the golden variable trees of both front ends: `python -m tests.trees`."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+from flax import nnx as flax_nnx
+from flax import traverse_util
+
+import normjax as nj
+from normjax import linen, nnx
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+FEATURES = 32
+X = jnp.ones((2, 4, 4, FEATURES))
+ARGUMENTS = {
+    "Norm": {"method": nj.Ghost(nj.BatchNorm(), groups=2)},
+    "Ghost": {"method": nj.BatchNorm(), "groups": 2},
+    "Chain": {"methods": (nj.LayerNorm(), nj.BatchNorm(running_average="debiased"))},
+}
+
+
+def describe(tree):
+    """Paths, shapes and dtypes of a nested dict of arrays."""
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    return {path: f"{a.dtype}{list(a.shape)}" for path, a in sorted(flat.items())}
+
+
+def linen_tree(module):
+    """The variable tree that a Linen module makes."""
+    return describe(jax.eval_shape(lambda: module.init(jax.random.key(0), X, True)))
+
+
+def nnx_tree(module):
+    """The variable tree of an NNX module, the kind of each variable in front."""
+    flat = flax_nnx.to_flat_state(flax_nnx.state(module))
+    named = {
+        "/".join([type(v).__name__, *map(str, path)]): v[...]
+        for path, v in zip(flat.paths, flat.leaves, strict=True)
+    }
+    return describe(named)
+
+
+def trees():
+    """The tree of every class of both front ends."""
+    made = {"linen": {}, "nnx": {}}
+    for name in linen.__all__:
+        given = ARGUMENTS.get(name, {})
+        made["linen"][name] = linen_tree(getattr(linen, name)(**given))
+        rngs = flax_nnx.Rngs(0)
+        made["nnx"][name] = nnx_tree(getattr(nnx, name)(num_features=FEATURES, rngs=rngs, **given))
+    return made
+
+
+if __name__ == "__main__":
+    for front, tree in trees().items():
+        path = GOLDEN / f"{front}.json"
+        path.write_text(json.dumps(tree, indent=1) + "\n")
+        sys.stdout.write(f"{path.name}\n")
