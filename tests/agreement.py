@@ -148,13 +148,17 @@ def check_offset(method, shape, axes):
     )
 
 
-def check_dtypes(method, features, x):
-    """Output dtype: the input's, or the method's; parameters and statistics keep theirs."""
+def check_dtypes(method, features, x, *, output=None):
+    """Output dtype: `output` or else the input's; statistics and every gradient keep theirs."""
     params, state = method.init(jax.random.key(0), features)
     for dtype in ("bfloat16", "float16", "float32"):
-        y, new, _ = run(method, params, state, jnp.asarray(x, dtype))
-        chex.assert_type(y, method.dtype or dtype)
+        x = jnp.asarray(x, dtype)
+        out = output or dtype
+        forward = functools.partial(run, method)
+        y, new, grads = jax.eval_shape(forward, params, state, x, cotangent=x.astype(out))
+        chex.assert_type(y, out)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+        chex.assert_trees_all_equal_shapes_and_dtypes((params, x), grads)
 
 
 def check_rounding(method, features, x):

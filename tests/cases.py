@@ -30,7 +30,7 @@ CASES = {
     "RMSNorm": Subject(nj.RMSNorm(), (16, 3, 6)),
     "GroupNorm": Subject(nj.GroupNorm(2), (16, 3, 3, 4)),
     "GroupNorm, features": Subject(nj.GroupNorm(2), (16, 6)),
-    "GroupNorm, relu inside": Subject(nj.GroupNorm(None, 2, activation=jax.nn.relu), (16, 3, 4)),
+    "GroupNorm, relu inside": Subject(nj.GroupNorm(None, 2, activation=jax.nn.relu), (16, 3, 3, 4)),
     "InstanceNorm": Subject(nj.InstanceNorm(), (16, 3, 3, 4)),
     "Affine": Subject(nj.Affine(), (16, 4)),
     "DynamicTanh": Subject(nj.DynamicTanh(), (16, 4)),
@@ -43,5 +43,6 @@ CASES = {
         nj.chain(nj.LayerNorm(use_scale=False), nj.BatchNorm(use_bias=False), nj.Affine()),
         (16, 3, 4),
         residual_bytes=3.1,
+        roundings=3,
     ),
 }

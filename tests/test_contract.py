@@ -5,8 +5,18 @@ from cases import CASES
 
 from normjax.testing import CHECKS
 
+LONG = ("derivatives", "devices")
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("case", CASES)
+
+def rows():
+    """All pairs; of variants of a method the long checks are marked slow."""
+    for case in CASES:
+        for check in CHECKS:
+            variant = "," in case and not case.startswith("Ghost")
+            marks = [pytest.mark.slow] if variant and check in LONG else []
+            yield pytest.param(case, check, marks=marks, id=f"{case}-{check}")
+
+
+@pytest.mark.parametrize(("case", "check"), rows())
 def test_contract(case, check):
     CHECKS[check](CASES[case])

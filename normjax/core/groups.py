@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from normjax.core.linear import spec
+
 
 def split(x: jax.Array, axis: int, groups: int) -> jax.Array:
     """Axis of size n as two axes (groups, n / groups) of consecutive blocks.
@@ -15,8 +17,8 @@ def split(x: jax.Array, axis: int, groups: int) -> jax.Array:
     nothing is.
     """
     shape = (*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
-    spec = _spec(x)
-    part = spec[axis]
+    parts = spec(x)
+    part = parts[axis]
     if part is None:
         return x.reshape(shape)
     names = part if isinstance(part, tuple) else (part,)
@@ -27,22 +29,17 @@ def split(x: jax.Array, axis: int, groups: int) -> jax.Array:
         pair = (None, part)
     else:
         pair = (None, None)
-    return _reshape(x, shape, (*spec[:axis], *pair, *spec[axis + 1 :]))
+    return _reshape(x, shape, (*parts[:axis], *pair, *parts[axis + 1 :]))
 
 
 def join(x: jax.Array, axis: int, like: jax.Array) -> jax.Array:
     """The inverse of `split`: axes `axis` and `axis + 1` become one, sharded as in `like`."""
     shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-    if all(part is None for part in _spec(x)) and all(part is None for part in _spec(like)):
+    if all(part is None for part in spec(x)) and all(part is None for part in spec(like)):
         return x.reshape(shape)
-    return _reshape(x, shape, _spec(like))
+    return _reshape(x, shape, spec(like))
 
 
-def _spec(x):
-    spec = tuple(jax.typeof(x).sharding.spec)
-    return spec + (None,) * (x.ndim - len(spec))
-
-
-def _reshape(x, shape, spec):
+def _reshape(x, shape, parts):
     mesh = jax.typeof(x).sharding.mesh
-    return jnp.reshape(x, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    return jnp.reshape(x, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*parts)))

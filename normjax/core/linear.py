@@ -12,6 +12,7 @@ import jax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 linear_p = Primitive("normjax_linear")
 linear_p.multiple_results = True
@@ -52,6 +53,23 @@ def varying(a: jax.Array) -> frozenset[str]:
     return frozenset(getattr(jax.typeof(a).manual_axis_type, "varying", ()))
 
 
+def spec(a: Any) -> tuple[Any, ...]:
+    """For each axis of `a` the Explicit mesh axes over which it is sharded, or None."""
+    kind = _kind(a)
+    return tuple(kind.sharding.spec) + (None,) * (kind.ndim - len(kind.sharding.spec))
+
+
+def place(a: jax.Array, parts: tuple[Any, ...], like: Any) -> jax.Array:
+    """`a` sharded as `parts` say over the Explicit mesh of `like`."""
+    if spec(a) == parts:
+        return a
+    return jax.sharding.reshard(a, NamedSharding(_kind(like).sharding.mesh, PartitionSpec(*parts)))
+
+
+def _kind(a):
+    return a.aval if ad.is_undefined_primal(a) else jax.typeof(a)
+
+
 def _plain(*leaves, fun, transpose, kept):
     return fun(*leaves)
 
@@ -68,21 +86,28 @@ def _jvp(primals, tangents, *, fun, transpose, kept):
 
 def _transpose(cotangents, *leaves, fun, transpose, kept):
     cotangents = [ad.instantiate_zeros(c) for c in cotangents]
-    operands = transpose(leaves[:kept], cotangents)
-    undefined = map(ad.is_undefined_primal, leaves[kept:])
-    return [None] * kept + [c if u else None for c, u in zip(operands, undefined, strict=True)]
+    operands = zip(transpose(leaves[:kept], cotangents), leaves[kept:], strict=True)
+    return [None] * kept + [
+        place(c, spec(a), like=a) if ad.is_undefined_primal(a) else None for c, a in operands
+    ]
 
 
 def _batch(leaves, dims, *, fun, transpose, kept):
-    size = next(a.shape[d] for a, d in zip(leaves, dims, strict=True) if d is not None)
-    operands = [
-        batching.bdim_at_front(a, d, size) for a, d in zip(leaves[kept:], dims[kept:], strict=True)
-    ]
-    dims = (*dims[:kept], *(0,) * len(operands))
+    mapped = [(a, d) for a, d in zip(leaves, dims, strict=True) if d is not None]
+    like, at = next(((a, d) for a, d in mapped if spec(a)[d] is not None), mapped[0])
+    size, part = like.shape[at], spec(like)[at]
+
+    def front(a, d):
+        a = batching.bdim_at_front(a, d, size)
+        return place(a, (part, *spec(a)[1:]), like=like)
+
+    saved = [a if d is None else front(a, d) for a, d in zip(leaves[:kept], dims, strict=False)]
+    operands = [front(a, d) for a, d in zip(leaves[kept:], dims[kept:], strict=True)]
+    axes = tuple(None if d is None else 0 for d in dims[:kept])
     out = linear_p.bind(
-        *align(*leaves[:kept], *operands),
-        fun=jax.vmap(fun, in_axes=dims),
-        transpose=jax.vmap(transpose, in_axes=(dims[:kept], 0)),
+        *align(*saved, *operands),
+        fun=jax.vmap(fun, in_axes=axes + (0,) * len(operands)),
+        transpose=jax.vmap(transpose, in_axes=(axes, 0)),
         kept=kept,
     )
     return out, [0] * len(out)

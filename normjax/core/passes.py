@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normjax.core.linear import fence, linear
+from normjax.core.linear import align, fence, linear
 from normjax.core.structs import AffineParams, Moments
 
 
@@ -39,12 +39,13 @@ def moments(
     """
     dtype = wide(x.dtype)
     if mask is None:
-        shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
-        count = jnp.full(shape, math.prod(x.shape[i] for i in axes), dtype)
+        size = math.prod(x.shape[i] for i in axes)
+        count = jnp.full((1,) * x.ndim, size, dtype)
     else:
         mask = jnp.broadcast_to(mask, x.shape)
         count = jnp.sum(mask, axes, dtype=dtype, keepdims=True)
-    return Moments(count, *_mean_var(x, mask, jnp.maximum(count, 1), axes, centred))
+    mean, var = _mean_var(x, mask, jnp.maximum(count, 1), axes, centred)
+    return Moments(jnp.broadcast_to(count, mean.shape), mean, var)
 
 
 def _average(a, mask, n, axes):
@@ -53,18 +54,18 @@ def _average(a, mask, n, axes):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _mean_var(x, mask, n, axes, centred):
-    if centred:
-        mean = _average(widen(*fence(x)), mask, n, axes)
-    else:
-        mean = jnp.zeros_like(n)
+    if not centred:
+        square = _average(jnp.square(widen(*fence(x))), mask, n, axes)
+        return align(jnp.zeros_like(square), square)
+    mean = _average(widen(*fence(x)), mask, n, axes)
     x, centre = fence(x, mean)
     return mean, _average(jnp.square(widen(x) - centre), mask, n, axes)
 
 
 def _mean_var_tangent(axes, centred, saved, dx):
     x, mean, mask, n = saved
-    dmean = _average(widen(dx), mask, n, axes) if centred else jnp.zeros_like(mean)
-    return dmean, 2 * _average((widen(x) - mean) * widen(dx), mask, n, axes)
+    dvar = 2 * _average((widen(x) - mean) * widen(dx), mask, n, axes)
+    return align(_average(widen(dx), mask, n, axes) if centred else jnp.zeros_like(dvar), dvar)
 
 
 def _mean_var_transpose(axes, centred, saved, cotangents):
@@ -121,10 +122,11 @@ def affine(
     dtype: Any = None,
 ) -> jax.Array:
     """`activation((x - mean) * gain + bias)`, computed wide, in `dtype` or that of `x`."""
-    bias = jnp.zeros_like(mean) if bias is None else bias
-    shape = jnp.broadcast_shapes(mean.shape, gain.shape, bias.shape)
-    mean, gain, bias = (_fit(a, shape, x) for a in (mean, gain, bias))
-    return _affine(x, mean, gain, bias, activation, jnp.dtype(dtype or x.dtype))
+    mean, gain, bias = (jnp.zeros_like(mean) if a is None else a for a in (mean, gain, bias))
+    mean, gain, bias = (a.astype(wide(x.dtype)) for a in (mean, gain, bias))
+    zero = jnp.zeros_like(mean) + jnp.zeros_like(gain) + jnp.zeros_like(bias)
+    how = activation, jnp.dtype(dtype or x.dtype)
+    return _affine(x, mean + zero, gain + zero, bias + zero, *how)
 
 
 def _fit(a, shape, like):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from normjax.core.linear import place, spec
 from normjax.core.structs import Features, Moments, Running, feature_shape
 
 AVERAGES = ("exponential", "debiased", "cumulative")
@@ -38,6 +39,7 @@ def update(
       skip_nonfinite: leave all of `state` alone if any moment is inf or NaN.
     """
     new = lax.stop_gradient(Moments(*(a.reshape(state.mean.shape) for a in new)))
+    new = Moments(*(place(a, spec(state.mean), like=state.mean) for a in new))
     var = new.var * new.count / jnp.maximum(new.count - 1, 1) if unbiased else new.var
     valid = new.count > 0
     if skip_nonfinite:

@@ -16,8 +16,8 @@ def merge(parts: Moments, axis: int = 0) -> Moments:
     """Moments of the union of the samples whose moments lie along `axis`, which is dropped."""
     count = parts.count.sum(axis, keepdims=True)
     safe = jnp.maximum(count, 1)
-    first = lax.slice_in_dim(parts.mean, 0, 1, axis=axis)
-    mean = first + (parts.count * (parts.mean - first)).sum(axis, keepdims=True) / safe
+    near = parts.mean.mean(axis, keepdims=True)
+    mean = near + (parts.count * (parts.mean - near)).sum(axis, keepdims=True) / safe
     gap = jnp.square(parts.mean - mean)
     var = (parts.count * (parts.var + gap)).sum(axis, keepdims=True) / safe
     return Moments(*(a.squeeze(axis) for a in (count, mean, var)))

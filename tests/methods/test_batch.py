@@ -1,5 +1,7 @@
 """BatchNorm and BatchRenorm."""
 
+import functools
+
 import agreement
 import chex
 import hypothesis
@@ -135,8 +137,8 @@ class BatchNormTest(parameterized.TestCase):
     def test_dtypes(self):
         x = draw(0, 6, 4)
         agreement.check_dtypes(nj.BatchNorm(running_average="debiased"), 4, x)
-        agreement.check_dtypes(nj.BatchNorm(dtype=jnp.float32), 4, x)
-        agreement.check_dtypes(nj.BatchNorm(dtype=jnp.bfloat16), 4, x)
+        agreement.check_dtypes(nj.BatchNorm(dtype=jnp.float32), 4, x, output=jnp.float32)
+        agreement.check_dtypes(nj.BatchNorm(dtype=jnp.bfloat16), 4, x, output=jnp.bfloat16)
         params, state = nj.BatchNorm(param_dtype=jnp.bfloat16).init(KEY, 4)
         chex.assert_type(list(params), "bfloat16")
         chex.assert_type([state.mean, state.var], "float32")
@@ -160,6 +162,15 @@ class BatchNormTest(parameterized.TestCase):
         params, state = method.init(KEY, 3)
         _, new, _ = run(method, params, state, x)
         exact = x.astype("float64").var((0, 1))
+        np.testing.assert_allclose(new.var, exact, rtol=OFFSET_TOLERANCE)
+
+    def test_large_offset_over_a_mapped_axis(self):
+        method = nj.BatchNorm(momentum=0.0, axis_name="devices")
+        x = (1e4 + draw(0, 8, 64, 3)).astype("float32")
+        params, state = method.init(KEY, 3)
+        step = jax.vmap(functools.partial(run, method, params, state), axis_name="devices")
+        _, new, _ = step(x)
+        exact = np.broadcast_to(x.astype("float64").var((0, 1)), (8, 3))
         np.testing.assert_allclose(new.var, exact, rtol=OFFSET_TOLERANCE)
 
     def test_initializers(self):
@@ -288,7 +299,9 @@ class BatchRenormTest(parameterized.TestCase):
 
     def test_dtypes_and_rounding(self):
         agreement.check_dtypes(nj.BatchRenorm(), 4, draw(0, 6, 4))
-        agreement.check_dtypes(nj.BatchRenorm(dtype=jnp.bfloat16), 4, draw(0, 6, 4))
+        agreement.check_dtypes(
+            nj.BatchRenorm(dtype=jnp.bfloat16), 4, draw(0, 6, 4), output=jnp.bfloat16
+        )
         agreement.check_rounding(nj.BatchRenorm(r_max=2.0, d_max=1.0), 16, 2 + draw(0, 64, 16))
 
     @parameterized.parameters(

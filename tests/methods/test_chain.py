@@ -1,7 +1,6 @@
 """chain."""
 
 import agreement
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,10 +66,8 @@ class ChainTest(parameterized.TestCase):
 
     def test_dtypes(self):
         method = nj.chain(nj.BatchNorm(dtype=jnp.float32), nj.Affine())
-        params, state = method.init(KEY, 4)
-        y, new, _ = run(method, params, state, jnp.asarray(draw(0, 6, 4), "bfloat16"))
-        chex.assert_type(y, "float32")
-        chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+        agreement.check_dtypes(method, 4, draw(0, 6, 4), output=jnp.float32)
+        agreement.check_dtypes(nj.chain(nj.BatchNorm(), nj.LayerNorm()), 4, draw(0, 6, 4))
 
     @parameterized.parameters(
         (draw(0, 6, 5), None, "BatchNorm", "5"),

@@ -85,7 +85,9 @@ class GroupNormTest(parameterized.TestCase):
 
     def test_dtypes_and_rounding(self):
         agreement.check_dtypes(nj.GroupNorm(num_groups=2), 4, draw(0, 6, 3, 4))
-        agreement.check_dtypes(nj.GroupNorm(num_groups=2, dtype=jnp.float32), 4, draw(0, 6, 4))
+        agreement.check_dtypes(
+            nj.GroupNorm(num_groups=2, dtype=jnp.float32), 4, draw(0, 6, 4), output=jnp.float32
+        )
         agreement.check_rounding(nj.GroupNorm(num_groups=4), 16, 2 + draw(0, 4, 16, 16))
 
     def test_large_offset(self):
@@ -171,7 +173,9 @@ class InstanceNormTest(parameterized.TestCase):
 
     def test_dtypes_and_rounding(self):
         agreement.check_dtypes(nj.InstanceNorm(), 4, draw(0, 6, 3, 4))
-        agreement.check_dtypes(nj.InstanceNorm(dtype=jnp.bfloat16), 4, draw(0, 6, 3, 4))
+        agreement.check_dtypes(
+            nj.InstanceNorm(dtype=jnp.bfloat16), 4, draw(0, 6, 3, 4), output=jnp.bfloat16
+        )
         agreement.check_rounding(nj.InstanceNorm(), 16, 2 + draw(0, 4, 16, 16))
 
     def test_large_offset(self):

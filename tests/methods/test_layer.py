@@ -72,8 +72,12 @@ class LayerNormTest(parameterized.TestCase):
 
     def test_dtypes_and_rounding(self):
         agreement.check_dtypes(nj.LayerNorm(), 4, draw(0, 6, 4))
-        agreement.check_dtypes(nj.LayerNorm(dtype=jnp.bfloat16), 4, draw(0, 6, 4))
-        agreement.check_dtypes(nj.LayerNorm(dtype=jnp.float32), 4, draw(0, 6, 4))
+        agreement.check_dtypes(
+            nj.LayerNorm(dtype=jnp.bfloat16), 4, draw(0, 6, 4), output=jnp.bfloat16
+        )
+        agreement.check_dtypes(
+            nj.LayerNorm(dtype=jnp.float32), 4, draw(0, 6, 4), output=jnp.float32
+        )
         agreement.check_rounding(nj.LayerNorm(), 64, 2 + draw(0, 64, 64))
 
     @parameterized.parameters(dict(), dict(reduction_axes=(0, 1)))
@@ -119,7 +123,9 @@ class RMSNormTest(parameterized.TestCase):
 
     def test_dtypes_and_rounding(self):
         agreement.check_dtypes(nj.RMSNorm(), 4, draw(0, 6, 4))
-        agreement.check_dtypes(nj.RMSNorm(dtype=jnp.bfloat16), 4, draw(0, 6, 4))
+        agreement.check_dtypes(
+            nj.RMSNorm(dtype=jnp.bfloat16), 4, draw(0, 6, 4), output=jnp.bfloat16
+        )
         agreement.check_rounding(nj.RMSNorm(), 64, 2 + draw(0, 64, 64))
 
     def test_square_of_bfloat16_is_float32(self):
