@@ -104,7 +104,7 @@ def _features(method, x):
 
 
 def _module(method, *, like_flax=False):
-    """The module class of `method`: its fields, with those that only Flax has, and its documentation."""
+    """The module class of `method`, with its documentation and fields, and Flax's own."""
     fields = {f.name: (f.type, f.default) for f in dataclasses.fields(method)}
     switch = {}
     if checks.depends_on_train(method) is not False:

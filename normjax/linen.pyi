@@ -1,6 +1,6 @@
 """Every method as a Flax Linen module; written by `python -m tests.stubs`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax

@@ -1,4 +1,4 @@
-"""The contract of a normalization as a function: `check_method` puts a method through every promise.
+"""The contract of a normalization: `check_method` puts a method through every promise.
 
 The project's own tests call it for every method; call it for one of your own.
 """
@@ -73,7 +73,7 @@ class Subject:
         return 0.5 + jax.random.normal(jax.random.key(seed), self.shape, dtype)
 
     def rows(self) -> jax.Array:
-        """A mask of samples, ragged over eight consecutive parts of the batch, one of them empty."""
+        """A mask of samples, ragged over eight consecutive parts of the batch, one empty."""
         keep = np.random.default_rng(3).random(self.shape[0]) < 0.7
         part = max(self.shape[0] // 8, 1)
         keep[:part] = True
@@ -99,12 +99,13 @@ def check_method(
 ) -> list[str]:
     """Puts a method through the contract.
 
-    Checks that need devices use all there are, at least two, and an even number of samples per device is not
-    needed: simulate devices with `XLA_FLAGS=--xla_force_host_platform_device_count=8`.
+    Checks that need devices use all there are, two or more; where there is one, simulate several
+    with `XLA_FLAGS=--xla_force_host_platform_device_count=8`.
 
     Args:
-      method: an object with `init` and `apply`. Under mapped axes a method that differs between training and
-        evaluation gets `axis_name` set, in itself or in the methods that it is made of.
+      method: an object with `init` and `apply`. Under mapped axes a method that differs between
+        training and evaluation gets `axis_name` set, in itself or in the methods that it is made
+        of.
       shape: shape of an input, the batch first; the number of devices must divide the batch.
       residual_bytes: how many bytes per byte of input reverse mode may keep; None: any number.
       drops_rows: whether a mask of samples must give exactly what dropping them gives.
@@ -152,11 +153,13 @@ def plain_derivatives():
         for name in ("_mean_var", "_affine", "_rows"):
             plain = getattr(passes, name).__wrapped__
             stack.enter_context(mock.patch.object(passes, name, plain))
+        stack.callback(jax.clear_caches)
+        jax.clear_caches()
         yield
 
 
 def residual_bytes(function: Callable, *args: jax.Array) -> float:
-    """Bytes that reverse mode of `function` keeps across a jit boundary, per byte of the last argument.
+    """Bytes that reverse mode keeps across a jit boundary, per byte of the last argument.
 
     Example:
       >>> import jax.numpy as jnp
@@ -201,7 +204,7 @@ def with_axis_name(method: Any, axis_name: str | tuple[str, ...]) -> Any:
 
 
 def check_structure(subject: Subject) -> None:
-    """Configuration, parameters and state, dtypes of the output, purity of evaluation, no retrace."""
+    """Configuration, parameters, state, dtypes of the output, evaluation, no retrace."""
     method = subject.method
     hash(method)
     assert eval_equal(method), f"{method!r} does not equal itself field by field"
@@ -243,7 +246,7 @@ def eval_equal(method: Any) -> bool:
 
 
 def check_masks(subject: Subject) -> None:
-    """A mask equals dropping rows; what is masked, NaN included, reaches nothing; an empty mask is harmless."""
+    """A mask equals dropping rows; what is masked reaches nothing; an empty mask is harmless."""
     with jax.enable_x64(True):
         params, state = subject.variables(jnp.float64)
         x, mask = subject.inputs(jnp.float64), subject.rows()
@@ -286,7 +289,7 @@ def check_masks(subject: Subject) -> None:
 
 
 def check_numbers(subject: Subject) -> None:
-    """Half precision rounds once; large offsets are harmless; constant inputs have finite derivatives."""
+    """Half precision rounds once, offsets are harmless, constants have finite derivatives."""
     params, state = subject.variables()
     for dtype in (jnp.bfloat16, jnp.float16):
         x = subject.inputs(dtype)
@@ -432,12 +435,12 @@ def check_transforms(subject: Subject) -> None:
 
 
 def check_devices(subject: Subject) -> None:
-    """Sharded equals unsharded: jit with Auto and Explicit axes, shard_map, pmap and vmap, ragged masks."""
+    """Sharded equals unsharded under jit, shard_map, pmap and vmap, with ragged masks."""
     devices = jax.devices()
     if len(devices) < 2 or subject.shape[0] % len(devices):
         raise ValueError(
-            f"check_method: a batch of {subject.shape[0]} cannot be divided among {len(devices)} devices; two "
-            "or more are needed."
+            f"check_method: a batch of {subject.shape[0]} cannot be divided among {len(devices)} "
+            "devices; two or more are needed."
         )
     with jax.enable_x64(True):
         variables = subject.variables(jnp.float64)
@@ -455,7 +458,7 @@ def check_devices(subject: Subject) -> None:
 def _everything(subject, method, reduce=lambda tree: tree, local=lambda tree: tree):
     """Output, state, gradients, a tangent and a second derivative, as a function of data.
 
-    `reduce` sums the gradients of parameters over devices; `local` marks parameters as a device's own.
+    `reduce` sums gradients of parameters over devices; `local` marks parameters as a device's own.
     """
 
     def run(params, state, x, mask, weight):
@@ -548,7 +551,7 @@ def _mapped(subject):
 
 
 def check_collectives(subject: Subject) -> None:
-    """Under a named axis at most one collective in the forward pass, and one more in the backward pass."""
+    """Under a named axis at most one collective forward and one backward."""
     method = with_axis_name(subject.method, AXIS)
     params, state = subject.variables()
     x = subject.inputs()

@@ -12,7 +12,7 @@ from normjax.core import checks
 PACKAGE = pathlib.Path(normjax.__file__).parent
 HEAD = '''"""{title}; written by `python -m tests.stubs`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import {abstract}
 from typing import Any, Literal
 
 import jax
@@ -88,10 +88,11 @@ def stubs():
     files = {}
     for front, (module, write) in fronts.items():
         title = f"Every method as a Flax {'NNX' if front == 'nnx' else 'Linen'} module"
+        abstract = "Callable, Mapping" if front == "nnx" else "Callable"
         names = sorted(module.__all__, key=lambda name: (name != "Norm", name))
         parts = [write(name, getattr(module, name)) for name in names]
         exported = "".join(f'    "{name}",\n' for name in module.__all__)
-        text = HEAD.format(title=title, front=front) + "\n".join(parts)
+        text = HEAD.format(title=title, front=front, abstract=abstract) + "\n".join(parts)
         files[PACKAGE / f"{front}.pyi"] = text + f"\n__all__ = [\n{exported}]\n"
     return files
 

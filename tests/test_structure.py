@@ -19,10 +19,11 @@ PACKAGE = ROOT / "normjax"
 
 # A module may import only from the layers listed before its own; a folder stands for its files.
 LAYERS = [
-    ["core.structs"],
+    ["core.structs", "core.tracing"],
     ["core.checks"],
     ["core.linear"],
-    ["core.passes", "core.groups", "core.roots", "core.spectra"],
+    ["core.groups", "core.roots", "core.spectra"],
+    ["core.passes"],
     ["core.sync", "core.running", "core.propagate"],
     ["core.__init__"],
     ["methods"],

@@ -67,6 +67,8 @@ def _axis_index_groups(value):
 
 
 def _method(value):
+    if isinstance(value, type):
+        return "is not a method but a class: make one with parentheses"
     if not (hasattr(value, "init") and hasattr(value, "apply")):
         return "is not a method: it needs `init(key, features)` and `apply(params, state, x, ...)`"
 
@@ -95,6 +97,8 @@ RULES = {
     "axis_index_groups": _axis_index_groups,
     "method": _method,
     "groups": _positive,
+    "num_groups": lambda v: None if v is None else _positive(v),
+    "group_size": lambda v: None if v is None else _positive(v),
 }
 
 
@@ -214,7 +218,7 @@ def match(
 
 
 def mask(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """`value` as a boolean array of the input's rank; ValueError unless it broadcasts to `shape`."""
+    """`value` as a boolean array of rank `len(shape)`; ValueError unless it broadcasts to it."""
     if value is None:
         return None
     value = jnp.asarray(value)

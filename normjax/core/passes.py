@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from normjax.core import groups
 from normjax.core.linear import align, fence, linear
 from normjax.core.structs import AffineParams, Moments
 
@@ -30,64 +31,87 @@ def widen(x: jax.Array) -> jax.Array:
 
 
 def moments(
-    x: jax.Array, axes: tuple[int, ...], *, mask: jax.Array | None = None, centred: bool = True
+    x: jax.Array,
+    axes: tuple[int, ...],
+    *,
+    mask: jax.Array | None = None,
+    centred: bool = True,
+    channel_groups: int | None = None,
 ) -> Moments:
     """Count, mean and population variance of `x` over `axes`, which stay as size one.
 
     Where `mask` is False a position does not count. `centred=False` gives mean zero and the mean
-    square.
+    square. With `channel_groups`, statistics are also over each of so many groups of consecutive
+    positions of the last axis, which keeps its size: every position has those of its group.
     """
     dtype = wide(x.dtype)
     if mask is None:
-        size = math.prod(x.shape[i] for i in axes)
-        count = jnp.full((1,) * x.ndim, size, dtype)
+        shape = (1,) * (x.ndim - 1) + (x.shape[-1] if channel_groups else 1,)
+        count = jnp.full(shape, math.prod(x.shape[i] for i in axes), dtype)
     else:
         mask = jnp.broadcast_to(mask, x.shape)
         count = jnp.sum(mask, axes, dtype=dtype, keepdims=True)
-    mean, var = _mean_var(x, mask, jnp.maximum(count, 1), axes, centred)
+    count = _pool(count, channel_groups)
+    how = axes, centred, channel_groups
+    mean, var = _mean_var(x, mask, jnp.maximum(count, 1), how)
     return Moments(jnp.broadcast_to(count, mean.shape), mean, var)
 
 
-def _average(a, mask, n, axes):
-    return jnp.sum(a if mask is None else jnp.where(mask, a, 0), axes, keepdims=True) / n
+def _pool(a, channel_groups):
+    """Sums over groups of the last axis, repeated for every member: its own transpose."""
+    if channel_groups is None:
+        return a
+    parts = groups.split(a, a.ndim - 1, channel_groups)
+    total = jnp.broadcast_to(parts.sum(-1, keepdims=True), parts.shape)
+    return groups.join(total, a.ndim - 1, like=a)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _mean_var(x, mask, n, axes, centred):
+def _average(a, mask, n, how):
+    axes, _, channel_groups = how
+    total = jnp.sum(a if mask is None else jnp.where(mask, a, 0), axes, keepdims=True)
+    return _pool(total, channel_groups) / n
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _mean_var(x, mask, n, how):
+    _, centred, _ = how
     if not centred:
-        square = _average(jnp.square(widen(*fence(x))), mask, n, axes)
+        square = _average(jnp.square(widen(*fence(x))), mask, n, how)
         return align(jnp.zeros_like(square), square)
-    mean = _average(widen(*fence(x)), mask, n, axes)
+    mean = _average(widen(*fence(x)), mask, n, how)
     x, centre = fence(x, mean)
-    return mean, _average(jnp.square(widen(x) - centre), mask, n, axes)
+    return mean, _average(jnp.square(widen(x) - centre), mask, n, how)
 
 
-def _mean_var_tangent(axes, centred, saved, dx):
+def _mean_var_tangent(how, saved, dx):
     x, mean, mask, n = saved
-    dvar = 2 * _average((widen(x) - mean) * widen(dx), mask, n, axes)
-    return align(_average(widen(dx), mask, n, axes) if centred else jnp.zeros_like(dvar), dvar)
+    _, centred, _ = how
+    dvar = 2 * _average((widen(x) - mean) * widen(dx), mask, n, how)
+    return align(_average(widen(dx), mask, n, how) if centred else jnp.zeros_like(dvar), dvar)
 
 
-def _mean_var_transpose(axes, centred, saved, cotangents):
+def _mean_var_transpose(how, saved, cotangents):
     x, mean, mask, n = saved
-    x, mean, shift, slope = fence(x, mean, cotangents[0] / n, 2 * cotangents[1] / n)
+    _, centred, channel_groups = how
+    shift, slope = (_pool(c / n, channel_groups) for c in cotangents)
+    x, mean, shift, slope = fence(x, mean, shift, 2 * slope)
     dx = (widen(x) - mean) * slope
     dx = dx + shift if centred else dx
     return (dx if mask is None else jnp.where(mask, dx, 0)).astype(x.dtype)
 
 
 @_mean_var.defjvp
-def _(axes, centred, primals, tangents):
+def _(how, primals, tangents):
     x, mask, n = primals
-    mean, var = _mean_var(x, mask, n, axes, centred)
-    tangent = functools.partial(_mean_var_tangent, axes, centred)
-    transpose = functools.partial(_mean_var_transpose, axes, centred)
+    mean, var = _mean_var(x, mask, n, how)
+    tangent = functools.partial(_mean_var_tangent, how)
+    transpose = functools.partial(_mean_var_transpose, how)
     return (mean, var), linear(tangent, transpose, (x, mean, mask, n), tangents[0])
 
 
 def normalize(
     x: jax.Array,
-    mean: jax.Array,
+    mean: jax.Array | None,
     var: jax.Array,
     params: AffineParams,
     *,
@@ -97,40 +121,45 @@ def normalize(
 ) -> jax.Array:
     """`activation((x - mean) / sqrt(var + epsilon) * scale + bias)` in `dtype`, or in that of `x`.
 
-    `mean`, `var` and the parameters have the rank of `x` and broadcast to it.
+    `mean` (None: zero), `var` and the parameters have the rank of `x` and broadcast to it.
     """
-    scale, bias = params
-    shapes = [a.shape for a in (mean, scale, bias) if a is not None]
-    shape = jnp.broadcast_shapes(*shapes)
+    scale, bias = (None if a is None else a.astype(var.dtype) for a in params)
     inverse = lax.rsqrt(var + epsilon)
-    if math.prod(shape) < x.size or shape == mean.shape:
+    small = [a.shape for a in (scale, bias) if a is not None]
+    shape = jnp.broadcast_shapes(var.shape, *small)
+    if shape == var.shape or math.prod(shape) < x.size:
         gain = inverse if scale is None else inverse * scale
         return affine(x, mean, gain, bias, activation=activation, dtype=dtype)
-    smaller = jnp.broadcast_shapes(*[a.shape for a in params if a is not None])
-    scale = jnp.ones(smaller, mean.dtype) if scale is None else _fit(scale, smaller, mean)
-    bias = jnp.zeros(smaller, mean.dtype) if bias is None else _fit(bias, smaller, mean)
+    if scale is None or bias is None:
+        scale = jnp.ones_like(bias) if scale is None else scale
+        bias = jnp.zeros_like(scale) if bias is None else bias
     return _rows(x, mean, inverse, scale, bias, activation, jnp.dtype(dtype or x.dtype))
 
 
 def affine(
     x: jax.Array,
-    mean: jax.Array,
+    mean: jax.Array | None,
     gain: jax.Array,
     bias: jax.Array | None = None,
     *,
     activation: Callable | None = None,
     dtype: Any = None,
 ) -> jax.Array:
-    """`activation((x - mean) * gain + bias)`, computed wide, in `dtype` or that of `x`."""
-    mean, gain, bias = (jnp.zeros_like(mean) if a is None else a for a in (mean, gain, bias))
+    """`activation((x - mean) * gain + bias)`, computed wide, in `dtype` or that of `x`.
+
+    `mean` (None: zero), `gain` and `bias` (None: zero) have the rank of `x` and broadcast to it.
+    """
+    mean, bias = (jnp.zeros_like(gain) if a is None else a for a in (mean, bias))
     mean, gain, bias = (a.astype(wide(x.dtype)) for a in (mean, gain, bias))
     zero = jnp.zeros_like(mean) + jnp.zeros_like(gain) + jnp.zeros_like(bias)
     how = activation, jnp.dtype(dtype or x.dtype)
     return _affine(x, mean + zero, gain + zero, bias + zero, *how)
 
 
-def _fit(a, shape, like):
-    return jnp.broadcast_to(a.astype(wide(like.dtype)), shape)
+def _fence_tree(*tree):
+    """`fence` that lets None pass."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, fence(*leaves))
 
 
 def _reduced(small, x):
@@ -186,17 +215,21 @@ def _(activation, dtype, primals, tangents):
     return out, linear(tangent, transpose, tuple(primals), tuple(tangents))
 
 
+def _centre(x, mean):
+    return widen(x) if mean is None else widen(x) - mean
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _rows(x, mean, inverse, scale, bias, activation, dtype):
-    x, mean, inverse, scale, bias = fence(x, mean, inverse, scale, bias)
-    return _activate(activation, (widen(x) - mean) * inverse * scale + bias).astype(dtype)
+    x, mean, inverse, scale, bias = _fence_tree(x, mean, inverse, scale, bias)
+    return _activate(activation, _centre(x, mean) * inverse * scale + bias).astype(dtype)
 
 
 def _rows_tangent(activation, dtype, saved, tangents):
     x, mean, inverse, scale, bias = saved
     dx, dmean, dinverse, dscale, dbias = tangents
-    centred = widen(x) - mean
-    dz = ((widen(dx) - dmean) * inverse + centred * dinverse) * scale
+    centred = _centre(x, mean)
+    dz = (_centre(dx, dmean) * inverse + centred * dinverse) * scale
     dz = dz + centred * inverse * dscale + dbias
     return _tangent(activation, centred * inverse * scale + bias, dz).astype(dtype)
 
@@ -204,14 +237,12 @@ def _rows_tangent(activation, dtype, saved, tangents):
 def _rows_transpose(activation, saved, g):
     def inputs(*after):
         """As in `_affine_transpose`, with inverse and scale in place of the gain."""
-        h, x, mean, inverse, scale, bias, *_ = fence(g, *saved, *after)
-        centred = widen(x) - mean
+        h, x, mean, inverse, scale, bias, *_ = _fence_tree(g, *saved, *after)
+        centred = _centre(x, mean)
         h = _tangent(activation, centred * inverse * scale + bias, widen(h))
         return h, centred, inverse, scale
 
-    h, _, inverse, scale = inputs()
-    total = _total(h * scale, inverse)
-    h, centred, inverse, scale = inputs(total)
+    h, centred, inverse, scale = inputs()
     slope = _total(h * scale * centred, inverse)
     h, centred, inverse, scale = inputs(slope)
     dscale = _total(h * (centred * inverse), scale)
@@ -219,7 +250,10 @@ def _rows_transpose(activation, saved, g):
     dbias = _total(h, scale)
     h, _, inverse, scale = inputs(dbias)
     dx = (h * inverse * scale).astype(saved[0].dtype)
-    return dx, -total * saved[2], slope, dscale, dbias
+    if saved[1] is None:
+        return dx, None, slope, dscale, dbias
+    h, _, inverse, scale = inputs(dbias, slope)
+    return dx, -_total(h * scale, inverse) * saved[2], slope, dscale, dbias
 
 
 @_rows.defjvp

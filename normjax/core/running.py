@@ -1,5 +1,7 @@
 """How running statistics move."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -46,11 +48,12 @@ def update(
         valid &= jnp.all(jnp.isfinite(new.mean) & jnp.isfinite(var))
     count, keep = state.count, jnp.asarray(momentum, state.mean.dtype)
     if count is not None:
-        if average == "debiased":
-            keep = keep * (1 - keep**count) / jnp.maximum(1 - keep ** (count + 1), 1e-30)
-        elif average == "cumulative":
+        if average == "debiased" and momentum < 1:
+            rate = math.log(max(momentum, 1e-30))
+            keep = keep * jnp.expm1(rate * count) / jnp.expm1(rate * (count + 1))
+        elif average != "exponential":
             keep = count / (count + 1)
-        count = count + jnp.any(valid)
+        count = count + jnp.any(valid).astype(count.dtype)
 
     def blend(old, now):
         now = now.astype(old.dtype)

@@ -26,14 +26,28 @@ class Moments(NamedTuple):
 
 
 class AffineParams(NamedTuple):
-    """Scale and bias of the feature axes, or None where `init` was told to leave one out."""
+    """Scale and bias of the feature axes, or None where `init` was told to leave one out.
+
+    Example:
+      >>> import normjax as nj
+      >>> params, _ = nj.BatchNorm(use_bias=False).init(None, 3)
+      >>> params.scale.shape, params.bias
+      ((3,), None)
+    """
 
     scale: jax.Array | None = None
     bias: jax.Array | None = None
 
 
 class Running(NamedTuple):
-    """Running statistics, and the number of updates where the average needs it."""
+    """Running statistics, and the number of updates where the average needs it.
+
+    Example:
+      >>> import normjax as nj
+      >>> _, state = nj.BatchNorm(running_average="cumulative").init(None, 3)
+      >>> state.var.shape, state.count.item()
+      ((3,), 0.0)
+    """
 
     mean: jax.Array  # f32[features]
     var: jax.Array  # f32[features]

@@ -20,6 +20,7 @@ from normjax.core.structs import (
     Running,
     affine_params,
 )
+from normjax.core.tracing import traced_once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,7 @@ class BatchNorm:
         features = checks.features(type(self).__name__, features)
         return affine_params(self, key, features), running.init(features, counted=self._counted())
 
+    @traced_once
     def apply(
         self,
         params: AffineParams,

@@ -15,9 +15,9 @@ from normjax.core.structs import (
     AxisName,
     Features,
     Key,
-    Moments,
     affine_params,
 )
+from normjax.core.tracing import traced_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +88,13 @@ class GroupNorm:
 
     def init(self, key: Key, features: Features) -> tuple[AffineParams, tuple[()]]:
         """Scale and bias (`param_dtype`) of shape [channels], which the groups divide; no state."""
-        (channels,) = shape = checks.features("GroupNorm", features)
-        self._groups(channels)
+        shape = checks.features("GroupNorm", features)
+        if len(shape) != 1:
+            raise ValueError(f"GroupNorm: features={features!r}, but channels lie on one axis.")
+        self._groups(shape[0])
         return affine_params(self, key, shape), ()
 
+    @traced_once
     def apply(
         self,
         params: AffineParams,
@@ -119,11 +122,9 @@ class GroupNorm:
         number = self._groups(x.shape[last])
         how = dict(epsilon=self.epsilon, activation=self.activation, dtype=self.dtype)
         if len(reduced) > 1:
-            each = passes.moments(x, reduced[:-1], mask=mask)
-            now = self._over_devices(_merge_channels(each, number))
-            mean, var = (_spread(a, like=each.mean) for a in (now.mean, now.var))
-            params = _lift(params, x.ndim)
-            return passes.normalize(x, mean, var, params, **how), state
+            now = passes.moments(x, reduced[:-1], mask=mask, channel_groups=number)
+            now = self._over_devices(now)
+            return passes.normalize(x, now.mean, now.var, _lift(params, x.ndim), **how), state
 
         parts = groups.split(x, last, number)
         if mask is not None:
@@ -155,21 +156,6 @@ def _lift(params, rank):
     return AffineParams(
         *(None if a is None else jnp.expand_dims(a, tuple(range(rank - a.ndim))) for a in params)
     )
-
-
-def _merge_channels(each, number):
-    """Moments of the groups [..., number, 1] from those of the channels [..., channels].
-
-    Channels first, because a pass over `x` with its own layout is the fastest that there is.
-    """
-    each = Moments(*(groups.split(a, a.ndim - 1, number) for a in each))
-    return Moments(*(a[..., None] for a in sync.merge(each, axis=-1)))
-
-
-def _spread(a, like):
-    """Group statistics [..., groups, 1] repeated for the channels of `like`."""
-    size = like.shape[-1] // a.shape[-2]
-    return groups.join(jnp.broadcast_to(a, (*a.shape[:-1], size)), a.ndim - 2, like=like)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,6 +219,7 @@ class InstanceNorm:
         """Scale and bias (`param_dtype`) of the shape of the feature axes; no state."""
         return affine_params(self, key, checks.features("InstanceNorm", features)), ()
 
+    @traced_once
     def apply(
         self,
         params: AffineParams,

@@ -17,6 +17,7 @@ from normjax.core.structs import (
     Key,
     affine_params,
 )
+from normjax.core.tracing import traced_once
 
 
 def _apply(method, params, x, mask, *, centred):
@@ -31,7 +32,7 @@ def _apply(method, params, x, mask, *, centred):
     if method.axis_name is not None:
         now, _ = sync.over_devices(now, method.axis_name, method.axis_index_groups)
     how = dict(epsilon=method.epsilon, activation=method.activation, dtype=method.dtype)
-    return passes.normalize(x, now.mean, now.var, params, **how)
+    return passes.normalize(x, now.mean if centred else None, now.var, params, **how)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,7 @@ class LayerNorm:
         """Scale and bias (`param_dtype`) of the shape of the feature axes; no state."""
         return affine_params(self, key, checks.features("LayerNorm", features)), ()
 
+    @traced_once
     def apply(
         self,
         params: AffineParams,
@@ -146,7 +148,7 @@ class RMSNorm:
       >>> method = nj.RMSNorm()
       >>> params, state = method.init(jax.random.key(0), 4)
       >>> y, _ = method.apply(params, state, jax.numpy.full((2, 4), 3.0), train=True)
-      >>> print(y[0])
+      >>> print(y[0].round(3))
       [1. 1. 1. 1.]
     """
 
@@ -170,6 +172,7 @@ class RMSNorm:
         """A scale (`param_dtype`) of the shape of the feature axes; no state."""
         return affine_params(self, key, checks.features("RMSNorm", features)), ()
 
+    @traced_once
     def apply(
         self,
         params: AffineParams,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from normjax.core import checks, passes
 from normjax.core.structs import AffineParams, Axes, Features, Key, affine_params
+from normjax.core.tracing import traced_once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ class Affine:
         """Scale and bias (`param_dtype`) of the shape of the feature axes; no state."""
         return affine_params(self, key, checks.features("Affine", features)), ()
 
+    @traced_once
     def apply(
         self,
         params: AffineParams,
@@ -89,7 +91,14 @@ class Affine:
 
 
 class DynamicTanhParams(NamedTuple):
-    """The slope of the tanh, shared by all features, and scale and bias of the features."""
+    """The slope of the tanh, shared by all features, and scale and bias of the features.
+
+    Example:
+      >>> import normjax as nj
+      >>> params, _ = nj.DynamicTanh(use_bias=False).init(None, 3)
+      >>> params.alpha.item(), params.scale.shape, params.bias
+      (0.5, (3,), None)
+    """
 
     alpha: jax.Array
     scale: jax.Array | None = None
@@ -151,6 +160,7 @@ class DynamicTanh:
         scale, bias = affine_params(self, key, checks.features("DynamicTanh", features))
         return DynamicTanhParams(jnp.asarray(self.alpha_init, self.param_dtype), scale, bias), ()
 
+    @traced_once
     def apply(
         self,
         params: DynamicTanhParams,

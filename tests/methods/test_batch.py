@@ -12,7 +12,16 @@ import numpy as np
 import reference
 import vector_files
 from absl.testing import parameterized
-from agreement import OFFSET_TOLERANCE, TOLERANCE, close, draw, ragged, run, variables
+from agreement import (
+    DEVICES_OFFSET_TOLERANCE,
+    OFFSET_TOLERANCE,
+    TOLERANCE,
+    close,
+    draw,
+    ragged,
+    run,
+    variables,
+)
 
 import normjax as nj
 
@@ -171,7 +180,7 @@ class BatchNormTest(parameterized.TestCase):
         step = jax.vmap(functools.partial(run, method, params, state), axis_name="devices")
         _, new, _ = step(x)
         exact = np.broadcast_to(x.astype("float64").var((0, 1)), (8, 3))
-        np.testing.assert_allclose(new.var, exact, rtol=OFFSET_TOLERANCE)
+        np.testing.assert_allclose(new.var, exact, rtol=DEVICES_OFFSET_TOLERANCE)
 
     def test_initializers(self):
         method = nj.BatchNorm(

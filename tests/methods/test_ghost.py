@@ -137,6 +137,7 @@ class GhostTest(parameterized.TestCase):
         dict(method=nj.BatchNorm(), groups=2.0),
         dict(method="BatchNorm", groups=2),
         dict(method=None, groups=2),
+        dict(method=nj.BatchNorm, groups=2),
     )
     def test_rejects_field(self, method, groups):
         value = groups if isinstance(method, nj.BatchNorm) else method
