@@ -20,6 +20,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from normjax.core import checks, passes
 from normjax.core.structs import to_dict
 
+__all__ = [
+    "Subject",
+    "check_method",
+    "count_collectives",
+    "plain_derivatives",
+    "residual_bytes",
+    "with_axis_name",
+]
+
 AXIS = "batch"
 EXACT = dict(rtol=1e-10, atol=1e-10)
 
@@ -203,11 +212,11 @@ def with_axis_name(method: Any, axis_name: str | tuple[str, ...]) -> Any:
     return method
 
 
-def check_structure(subject: Subject) -> None:
+def _structure(subject: Subject) -> None:
     """Configuration, parameters, state, dtypes of the output, evaluation, no retrace."""
     method = subject.method
-    hash(method)
-    assert eval_equal(method), f"{method!r} does not equal itself field by field"
+    copy = dataclasses.replace(method)
+    assert (copy, hash(copy)) == (method, hash(method)), f"a copy of {method!r} is not equal to it"
     params, state = subject.variables()
     to_dict(params), to_dict(state)
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -233,19 +242,7 @@ def check_structure(subject: Subject) -> None:
     step(params, state, subject.inputs(seed=5))
 
 
-def eval_equal(method: Any) -> bool:
-    """Whether a copy of `method` made from its fields equals it and has its hash.
-
-    Example:
-      >>> import normjax as nj
-      >>> eval_equal(nj.BatchNorm(momentum=0.9))
-      True
-    """
-    copy = dataclasses.replace(method)
-    return copy == method and hash(copy) == hash(method)
-
-
-def check_masks(subject: Subject) -> None:
+def _masks(subject: Subject) -> None:
     """A mask equals dropping rows; what is masked reaches nothing; an empty mask is harmless."""
     with jax.enable_x64(True):
         params, state = subject.variables(jnp.float64)
@@ -288,7 +285,7 @@ def check_masks(subject: Subject) -> None:
         chex.assert_trees_all_equal(nothing, jnp.zeros_like(x))
 
 
-def check_numbers(subject: Subject) -> None:
+def _numbers(subject: Subject) -> None:
     """Half precision rounds once, offsets are harmless, constants have finite derivatives."""
     params, state = subject.variables()
     for dtype in (jnp.bfloat16, jnp.float16):
@@ -323,21 +320,21 @@ def _in_float64(subject, params, state, x):
         return np.asarray(subject.apply(*wide)[0])
 
 
-def check_derivatives(subject: Subject) -> None:
+def _derivatives(subject: Subject) -> None:
     """Every mode of differentiation, to third order, equals plain autodiff in float64."""
     with jax.enable_x64(True):
         params, state = subject.variables(jnp.float64)
         x = subject.inputs(jnp.float64)
         spoilt = jnp.where(subject.rows(), x, jnp.nan)
         for data, mask in ((x, None), (spoilt, subject.rows())):
-            ours = jax.jit(lambda *a: _derivatives(subject, *a))(params, state, data, mask)
+            ours = jax.jit(lambda *a: _all_derivatives(subject, *a))(params, state, data, mask)
             with plain_derivatives():
-                plain = jax.jit(lambda *a: _derivatives(subject, *a))(params, state, data, mask)
+                plain = jax.jit(lambda *a: _all_derivatives(subject, *a))(params, state, data, mask)
             chex.assert_tree_all_finite(ours)
             chex.assert_trees_all_close(ours, plain, **EXACT)
 
 
-def _derivatives(subject, params, state, x, mask):
+def _all_derivatives(subject, params, state, x, mask):
     """Values and derivatives of all kinds along fixed directions, as one tree."""
     weight = subject.inputs(x.dtype, seed=8)
     u, v, w = (
@@ -409,7 +406,7 @@ def _derivatives(subject, params, state, x, mask):
     return results
 
 
-def check_transforms(subject: Subject) -> None:
+def _transforms(subject: Subject) -> None:
     """Ensembles by vmap, steps by scan, and remat give the state and output of eager calls."""
     with jax.enable_x64(True):
         params, state = subject.variables(jnp.float64)
@@ -434,7 +431,7 @@ def check_transforms(subject: Subject) -> None:
         chex.assert_trees_all_close(again, subject.apply(params, state, batches[0]), **EXACT)
 
 
-def check_devices(subject: Subject) -> None:
+def _devices(subject: Subject) -> None:
     """Sharded equals unsharded under jit, shard_map, pmap and vmap, with ragged masks."""
     devices = jax.devices()
     if len(devices) < 2 or subject.shape[0] % len(devices):
@@ -550,7 +547,7 @@ def _mapped(subject):
     }
 
 
-def check_collectives(subject: Subject) -> None:
+def _collectives(subject: Subject) -> None:
     """Under a named axis at most one collective forward and one backward."""
     method = with_axis_name(subject.method, AXIS)
     params, state = subject.variables()
@@ -576,7 +573,7 @@ def check_collectives(subject: Subject) -> None:
         assert number <= limit, f"{function.__name__}: {number} collectives, {limit} allowed"
 
 
-def check_memory(subject: Subject) -> None:
+def _memory(subject: Subject) -> None:
     """Reverse mode keeps at most `residual_bytes` per byte of input, in float32 and bfloat16."""
     if subject.residual_bytes is None:
         return
@@ -593,7 +590,7 @@ def check_memory(subject: Subject) -> None:
         assert kept <= limit, f"{dtype.__name__}: {kept:.2f} bytes kept per byte, {limit} allowed"
 
 
-def check_export(subject: Subject) -> None:
+def _export(subject: Subject) -> None:
     """Forward and backward pass lower for TPU and CUDA, without the CPU's optimization barriers."""
     params, state = subject.variables()
 
@@ -614,13 +611,13 @@ def check_export(subject: Subject) -> None:
 
 
 CHECKS: dict[str, Callable[[Subject], None]] = {
-    "structure": check_structure,
-    "masks": check_masks,
-    "numbers": check_numbers,
-    "derivatives": check_derivatives,
-    "transforms": check_transforms,
-    "devices": check_devices,
-    "collectives": check_collectives,
-    "memory": check_memory,
-    "export": check_export,
+    "structure": _structure,
+    "masks": _masks,
+    "numbers": _numbers,
+    "derivatives": _derivatives,
+    "transforms": _transforms,
+    "devices": _devices,
+    "collectives": _collectives,
+    "memory": _memory,
+    "export": _export,
 }

@@ -17,6 +17,6 @@ def rows():
             yield pytest.param(case, check, marks=marks, id=f"{case}-{check}")
 
 
-@pytest.mark.parametrize(("case", "check"), rows())
+@pytest.mark.parametrize(("case", "check"), list(rows()))
 def test_contract(case, check):
     CHECKS[check](CASES[case])
