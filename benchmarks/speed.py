@@ -144,8 +144,8 @@ def measure(
         start = time.perf_counter()
         compiled = jax.jit(step).lower(variables, x, g).compile()
         row[f"{name}_compile_s"] = time.perf_counter() - start
-        row[f"{name}_bytes"] = compiled.cost_analysis()["bytes accessed"] / x.nbytes
-        row[f"{name}_temporaries"] = compiled.memory_analysis().temp_size_in_bytes / x.nbytes
+        row[f"{name}_bytes"] = _static(compiled)[0] / x.nbytes
+        row[f"{name}_temporaries"] = _static(compiled)[1] / x.nbytes
         row[f"{name}_kept"] = _kept(apply, variables, x)
 
         def turn(compiled=compiled, variables=variables):
@@ -172,6 +172,11 @@ def measure(
     return row
 
 
+def _static(compiled):
+    """Bytes accessed and bytes of temporaries, as the compiler counts them."""
+    return compiled.cost_analysis()["bytes accessed"], compiled.memory_analysis().temp_size_in_bytes
+
+
 def _programs(method, channels):
     """normjax's and Flax's variables and `apply(variables, x) -> (y, new statistics)`."""
     import jax
@@ -189,7 +194,8 @@ def _programs(method, channels):
         "LayerNorm": lambda: nj.LayerNorm(),
         "RMSNorm": lambda: nj.RMSNorm(),
     }[method]()
-    kind = {"Ghost, 4 groups": "BatchNorm", "BatchNorm, relu": "BatchNorm"}.get(method, method)
+    peers = {"Ghost, 4 groups": "BatchNorm", "BatchNorm, relu": "BatchNorm"}
+    kind = peers.get(method) or method
     switch = {"use_running_average": False} if kind == "BatchNorm" else {}
     theirs = getattr(nn, kind)(**switch)
     variables = theirs.init(jax.random.key(0), jnp.ones((2, 2, 2, channels)))
@@ -206,7 +212,7 @@ def _programs(method, channels):
 
 
 def _kept(apply, variables, x):
-    """Bytes that reverse mode keeps across a jit boundary, per byte of input, without parameters."""
+    """Bytes kept for reverse mode across a jit boundary, per byte of input, less parameters."""
     import jax
 
     _, pullback = jax.jit(lambda v, x: jax.vjp(lambda v, x: apply(v, x)[0], v, x))(variables, x)
@@ -237,7 +243,7 @@ def compile_network(layers: int = 50) -> dict[str, float]:
     for _ in range(3):
         for name, norm in (("normjax", normjax.linen.BatchNorm), ("flax", nn.BatchNorm)):
             network = Network(norm)
-            variables = jax.eval_shape(lambda: network.init(jax.random.key(0), x))
+            variables = jax.eval_shape(network.init, jax.random.key(0), x)
 
             def loss(params, stats, network=network):
                 tree = {"params": params, "batch_stats": stats}

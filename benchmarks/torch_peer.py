@@ -42,11 +42,11 @@ class Peer:
 
 
 def _serve(pipe: Any, gpu: bool) -> None:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     device = "cuda" if gpu else "cpu"
     pipe.send(torch.__version__)
-    step = None
+    step: Any = None
     while (message := pipe.recv()) is not None:
         if isinstance(message, tuple):
             step = _training_step(torch, device, *message)

@@ -13,12 +13,11 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx.nn import dtypes
 
 import normjax
 from normjax.core import checks
 from normjax.core.structs import from_dict, to_dict
-
-FLAX_ARGUMENTS = ("use_fast_variance", "promote_dtype")
 
 
 class Norm(nnx.Module):
@@ -63,7 +62,8 @@ class Norm(nnx.Module):
         self.method = method
         self.num_features = num_features
         self.use_running_average = use_running_average
-        self.rngs = rngs["ghost"].fork() if checks.is_random(method) else nnx.data(None)
+        if checks.is_random(method):
+            self.rngs = rngs["ghost"].fork()
         params, state = method.init(jax.random.key(0), num_features)
         self._structure = jax.tree.structure((params, state))
         metadata = metadata or {}
@@ -204,7 +204,7 @@ def _module(method, *, like_flax=False):
 
 
 def _check_promotion(name, promote):
-    if promote not in (None, nnx.nn.dtypes.promote_dtype):
+    if promote not in (None, dtypes.promote_dtype):
         raise ValueError(
             f"{name}: promote_dtype={promote!r} is not supported: statistics and arithmetic are in "
             "at least float32, and `dtype` sets the dtype of the output."

@@ -116,8 +116,8 @@ class BatchRenorm(Norm):
     running_average: Literal["exponential", "debiased", "cumulative"]
     unbiased_running_var: bool
     skip_nonfinite: bool
-    r_max: float | Callable[[jax.Array], Any]
-    d_max: float | Callable[[jax.Array], Any]
+    r_max: float | Callable[[Any], Any]
+    d_max: float | Callable[[Any], Any]
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -139,8 +139,8 @@ class BatchRenorm(Norm):
         running_average: Literal["exponential", "debiased", "cumulative"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
-        r_max: float | Callable[[jax.Array], Any] = ...,
-        d_max: float | Callable[[jax.Array], Any] = ...,
+        r_max: float | Callable[[Any], Any] = ...,
+        d_max: float | Callable[[Any], Any] = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...

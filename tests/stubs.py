@@ -7,7 +7,6 @@ import sys
 
 import normjax
 from normjax import linen, nnx
-from normjax.core import checks
 
 PACKAGE = pathlib.Path(normjax.__file__).parent
 HEAD = '''"""{title}; written by `python -m tests.stubs`."""

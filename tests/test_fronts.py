@@ -1,6 +1,7 @@
 """Both Flax front ends: Flax's variable trees, call sites, transforms and checkpoints."""
 
 import dataclasses
+import functools
 import json
 from typing import ClassVar
 
@@ -10,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
+import stubs
+import trees
 from flax import linen as nn
 from flax import nnx as fnnx
 from jax.sharding import Mesh, PartitionSpec
 
 import normjax as nj
-import stubs
-import trees
 from normjax import linen, nnx
 
 FLAX = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
@@ -253,14 +254,10 @@ def test_nnx_transforms_and_modes():
 
         _, scan = scanned(net, jnp.stack([x, 2 * x]))
 
-        @fnnx.split_rngs(splits=3)
-        @fnnx.vmap
-        def make(rngs):
-            return Net(norm, rngs)
-
-        nets = make(fnnx.Rngs(1))
+        make = fnnx.vmap(functools.partial(Net, norm))
+        nets = fnnx.split_rngs(splits=3)(make)(fnnx.Rngs(1))
         many = fnnx.vmap(lambda net, x: net(x), in_axes=(0, None))(nets, x)
-        abstract = fnnx.eval_shape(lambda: Net(norm, fnnx.Rngs(0)))
+        abstract = fnnx.eval_shape(functools.partial(Net, norm), fnnx.Rngs(0))
         shapes = jax.tree.map(lambda a: list(a.shape), fnnx.to_pure_dict(fnnx.state(abstract)))
         numbers = (value, again, fnnx.to_pure_dict(gradient), outputs, scan, many)
         stats = [fnnx.to_pure_dict(fnnx.state(n, fnnx.BatchStat)) for n in (net, nets)]

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import normjax as nj
+from normjax.testing import count_collectives
 
 SHAPE = (8, 4, 2, 8)
 METHODS = {
@@ -61,3 +62,27 @@ def test_batch_and_channels_sharded(name, kind, shard_params):
                 types = jax.tree.map(jax.typeof, after), jax.tree.map(jax.typeof, before)
                 assert types[0] == types[1]
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(wanted), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "allowed"),
+    (
+        (nj.BatchNorm(), 2),
+        (nj.LayerNorm(), 0),
+        (nj.GroupNorm(4), 0),
+        (nj.Ghost(nj.BatchNorm(), groups=8), 1),
+    ),
+    ids=("BatchNorm", "LayerNorm", "GroupNorm", "Ghost"),
+)
+def test_collectives_under_jit(method, allowed):
+    params, state = method.init(None, 16)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("batch"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    params, state = jax.device_put((params, state), whole)
+    x = jax.device_put(jnp.ones((16, 4, 4, 16)), rows)
+
+    def forward(params, state, x):
+        return method.apply(params, state, x, train=True)
+
+    assert count_collectives(forward, params, state, x) <= allowed

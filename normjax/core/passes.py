@@ -110,29 +110,24 @@ def _(how, primals, tangents):
 
 
 def normalize(
-    x: jax.Array,
-    mean: jax.Array | None,
-    var: jax.Array,
-    params: AffineParams,
-    *,
-    epsilon: float,
-    activation: Callable | None = None,
-    dtype: Any = None,
+    method: Any, x: jax.Array, mean: jax.Array | None, var: jax.Array, params: AffineParams
 ) -> jax.Array:
     """`activation((x - mean) / sqrt(var + epsilon) * scale + bias)` in `dtype`, or in that of `x`.
 
-    `mean` (None: zero), `var` and the parameters have the rank of `x` and broadcast to it.
+    Epsilon, activation and dtype are those of `method`. `mean` (None: zero), `var` and the
+    parameters have the rank of `x` and broadcast to it.
     """
     scale, bias = (None if a is None else a.astype(var.dtype) for a in params)
-    inverse = lax.rsqrt(var + epsilon)
+    inverse = lax.rsqrt(var + method.epsilon)
+    activation, dtype = method.activation, method.dtype
     small = [a.shape for a in (scale, bias) if a is not None]
     shape = jnp.broadcast_shapes(var.shape, *small)
     if shape == var.shape or math.prod(shape) < x.size:
         gain = inverse if scale is None else inverse * scale
         return affine(x, mean, gain, bias, activation=activation, dtype=dtype)
-    if scale is None or bias is None:
-        scale = jnp.ones_like(bias) if scale is None else scale
-        bias = jnp.zeros_like(scale) if bias is None else bias
+    smaller = jnp.broadcast_shapes(*small)
+    scale = jnp.ones(smaller, var.dtype) if scale is None else scale
+    bias = jnp.zeros(smaller, var.dtype) if bias is None else bias
     return _rows(x, mean, inverse, scale, bias, activation, jnp.dtype(dtype or x.dtype))
 
 

@@ -137,7 +137,7 @@ class BatchNorm:
         params = AffineParams(*(None if a is None else jnp.expand_dims(a, others) for a in params))
         mean, var = (jnp.expand_dims(a, others) for a in (state.mean, state.var))
         if not train:
-            return self._normalize(x, mean, var, params), state
+            return passes.normalize(self, x, mean, var, params), state
 
         checks.need_positions(name, others, x.shape, self.axis_name)
         now = passes.moments(x, others, mask=mask)
@@ -157,13 +157,9 @@ class BatchNorm:
     def _counted(self):
         return self.running_average != "exponential"
 
-    def _normalize(self, x, mean, var, params):
-        how = dict(epsilon=self.epsilon, activation=self.activation, dtype=self.dtype)
-        return passes.normalize(x, mean, var, params, **how)
-
     def _normalize_batch(self, x, now: Moments, state: Running, params: AffineParams):
         del state
-        return self._normalize(x, now.mean, now.var, params)
+        return passes.normalize(self, x, now.mean, now.var, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +222,8 @@ class BatchRenorm(BatchNorm):
       (8, 3)
     """
 
-    r_max: float | Callable[[jax.Array], Any] = Ramp(1.0, 3.0, 5000, 40000)
-    d_max: float | Callable[[jax.Array], Any] = Ramp(0.0, 5.0, 5000, 25000)
+    r_max: float | Callable[[Any], Any] = Ramp(1.0, 3.0, 5000, 40000)
+    d_max: float | Callable[[Any], Any] = Ramp(0.0, 5.0, 5000, 25000)
 
     def __post_init__(self):
         super().__post_init__()
@@ -242,21 +238,21 @@ class BatchRenorm(BatchNorm):
         return super()._counted() or callable(self.r_max) or callable(self.d_max)
 
     def _normalize_batch(self, x, now, state, params):
-        r_max = self.r_max(state.count) if callable(self.r_max) else self.r_max
-        d_max = self.d_max(state.count) if callable(self.d_max) else self.d_max
         dtype = now.mean.dtype
+        r_max, d_max = (
+            jnp.asarray(bound(state.count) if callable(bound) else bound, dtype)
+            for bound in (self.r_max, self.d_max)
+        )
         deviation = jnp.sqrt(now.var + self.epsilon)
         running_deviation = jnp.sqrt(state.var.astype(dtype) + self.epsilon)
         ratio = deviation / running_deviation
         shift = (now.mean - state.mean.astype(dtype)) / running_deviation
-        r = lax.stop_gradient(
-            jnp.clip(ratio, 1 / jnp.asarray(r_max, dtype), jnp.asarray(r_max, dtype))
-        )
-        d_max = jnp.asarray(d_max, dtype)
+        r = lax.stop_gradient(jnp.clip(ratio, 1 / r_max, r_max))
         d = lax.stop_gradient(jnp.clip(shift, -d_max, d_max))
         scale, bias = (None if a is None else a.astype(dtype) for a in params)
         gain = lax.rsqrt(now.var + self.epsilon) * r
         gain, d = (gain, d) if scale is None else (gain * scale, d * scale)
         offset = d if bias is None else d + bias
-        how = dict(activation=self.activation, dtype=self.dtype)
-        return passes.affine(x, now.mean, gain, offset, **how)
+        return passes.affine(
+            x, now.mean, gain, offset, activation=self.activation, dtype=self.dtype
+        )

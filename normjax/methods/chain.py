@@ -73,8 +73,9 @@ class Chain:
         """Feeds each method the output of the one before, the same mask and a key of its own."""
         new = {}
         for (name, method), part in zip(self._named(), self._keys(key), strict=True):
-            how = dict(train=train, mask=mask, key=part)
-            x, new[name] = method.apply(params[name], state[name], x, **how)
+            x, new[name] = method.apply(
+                params[name], state[name], x, train=train, mask=mask, key=part
+            )
         return x, new
 
     def _named(self):

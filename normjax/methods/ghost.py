@@ -88,8 +88,7 @@ class Ghost:
     ) -> tuple[Any, Any]:
         """Runs the method on each part; `mask` and `inputs` (batch on axis 0) are divided too."""
         if not train:
-            how = dict(train=False, mask=mask, key=key, **inputs)
-            return self.method.apply(params, state, x, **how)
+            return self.method.apply(params, state, x, train=False, mask=mask, key=key, **inputs)
         x = checks.real("Ghost", x)
         axis_name = getattr(self.method, "axis_name", None)
         devices = 1 if axis_name is None else lax.axis_size(axis_name)
@@ -109,8 +108,8 @@ class Ghost:
         if x.ndim == 0 or x.shape[0] % here:
             raise ValueError(f"Ghost: {here} groups do not divide a batch of shape {x.shape}.")
         mask = checks.mask("Ghost", mask, x.shape)
-        whole = mask is not None and mask.shape[0] == 1
-        mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:])) if whole else mask
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:]))
         keys = None if key is None else jax.random.split(key, here)
         parts = jax.tree.map(lambda a: groups.split(a, 0, here), (x, mask, inputs))
 

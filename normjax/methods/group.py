@@ -120,18 +120,17 @@ class GroupNorm:
             )
         checks.match("GroupNorm", "axis", (last,), x.shape, params)
         number = self._groups(x.shape[last])
-        how = dict(epsilon=self.epsilon, activation=self.activation, dtype=self.dtype)
         if len(reduced) > 1:
             now = passes.moments(x, reduced[:-1], mask=mask, channel_groups=number)
             now = self._over_devices(now)
-            return passes.normalize(x, now.mean, now.var, _lift(params, x.ndim), **how), state
+            return passes.normalize(self, x, now.mean, now.var, _lift(params, x.ndim)), state
 
         parts = groups.split(x, last, number)
         if mask is not None:
             mask = mask[..., None] if mask.shape[last] == 1 else groups.split(mask, last, number)
         now = self._over_devices(passes.moments(parts, (last + 1,), mask=mask))
         params = AffineParams(*(None if a is None else groups.split(a, 0, number) for a in params))
-        y = passes.normalize(parts, now.mean, now.var, _lift(params, parts.ndim), **how)
+        y = passes.normalize(self, parts, now.mean, now.var, _lift(params, parts.ndim))
         return groups.join(y, last, like=x), state
 
     def _over_devices(self, now):
@@ -246,5 +245,4 @@ class InstanceNorm:
         if self.axis_name is not None:
             now, _ = sync.over_devices(now, self.axis_name, self.axis_index_groups)
         params = AffineParams(*(None if a is None else jnp.expand_dims(a, others) for a in params))
-        how = dict(epsilon=self.epsilon, activation=self.activation, dtype=self.dtype)
-        return passes.normalize(x, now.mean, now.var, params, **how), state
+        return passes.normalize(self, x, now.mean, now.var, params), state

@@ -31,8 +31,7 @@ def _apply(method, params, x, mask, *, centred):
     now = passes.moments(x, reduced, mask=mask, centred=centred)
     if method.axis_name is not None:
         now, _ = sync.over_devices(now, method.axis_name, method.axis_index_groups)
-    how = dict(epsilon=method.epsilon, activation=method.activation, dtype=method.dtype)
-    return passes.normalize(x, now.mean if centred else None, now.var, params, **how)
+    return passes.normalize(method, x, now.mean if centred else None, now.var, params)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -86,8 +86,8 @@ class Affine:
         zero, one = jnp.zeros(shape, passes.wide(x.dtype)), jnp.ones(shape, passes.wide(x.dtype))
         scale, bias = (None if a is None else jnp.expand_dims(a, others) for a in params)
         gain = one if scale is None else scale
-        how = dict(activation=self.activation, dtype=self.dtype)
-        return passes.affine(x, zero, gain, bias, **how), state
+        y = passes.affine(x, zero, gain, bias, activation=self.activation, dtype=self.dtype)
+        return y, state
 
 
 class DynamicTanhParams(NamedTuple):

@@ -121,6 +121,9 @@ def test_printed_table(finished, capsys):
     ]
     assert "left out" in next(line for line in out.splitlines() if "InstanceNorm" in line)
     assert "caption" in out
+    odd = [kept | {"method": "Chain(methods=[RMSNorm])"}]
+    compare.report.show(odd, compare.Console(width=110), "")
+    assert "Chain(methods=[RMSNorm])" in capsys.readouterr().out
 
 
 def test_resumed_run_equals_uninterrupted(finished, tmp_path, monkeypatch, capsys):
@@ -255,6 +258,7 @@ def test_baseline_belongs_to_the_model():
         (["--statistics-batch", "64"], "--statistics-batch 64 does not divide --batch-size 32"),
         (["--train-size", "5000"], "--train-size 5000 is not between 10"),
         (["--data", "images"], "--data images needs --data-dir"),
+        (["--data-dir", "some"], "--data-dir 'some' needs --data images or cifar10-bin"),
         (["--data", "cifar10-bin", "--data-dir", "none"], "--data-dir 'none' is not a folder"),
         (["--data", "mnist"], "argument --data: invalid choice: 'mnist'"),
         (

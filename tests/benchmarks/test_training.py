@@ -55,6 +55,18 @@ def test_evaluation_is_of_the_whole_test_set():
         np.testing.assert_allclose(states[2].test_loss[seed, 1], losses.mean(), rtol=1e-4)
 
 
+def test_pixels_are_scaled_by_the_moments_of_the_train_set():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3000, 2, 2, 3)).astype(np.uint8)
+    images[..., 2] = 200
+    labels = np.zeros(3000, np.int32)
+    inputs = training.put(Data(images, labels, images[:1], labels[:1], ("a", "b")))
+    np.testing.assert_allclose(inputs.mean[0, 0, 0], images.mean((0, 1, 2)), rtol=1e-6)
+    expected = [images[..., 0].std(), images[..., 1].std(), 1.0]
+    np.testing.assert_allclose(inputs.std[0, 0, 0], expected, rtol=1e-6)
+    assert inputs.train_images.dtype == jnp.uint8
+
+
 def test_history():
     _, states = trained(nj.BatchNorm(momentum=0.9))
     np.testing.assert_array_equal(states[1].epoch, [1, 1])

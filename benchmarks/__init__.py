@@ -1,0 +1,1 @@
+"""Comparisons of normalization methods, run as `python -m benchmarks.<name>`."""

@@ -1,0 +1,110 @@
+"""Small networks that take their normalization from a factory."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from normjax.linen import Norm
+
+
+def conv_by_patches(x, kernel, strides, padding, **_):
+    """A 2-D convolution as a product of patches and kernel.
+
+    XLA's CPU compiler has no fast kernel for the gradients of a convolution inside a loop: there
+    they take some thirty times as long as outside. A matrix product is fast everywhere.
+    """
+    size = kernel.shape[:2]
+    pads = lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    stops = [n - k + 1 for n, k in zip(x.shape[1:3], size, strict=True)]
+    parts = [
+        x[:, i : i + stops[0] : strides[0], j : j + stops[1] : strides[1]]
+        for i in range(size[0])
+        for j in range(size[1])
+    ]
+    return jnp.concatenate(parts, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def conv(features: int, size: int, stride: int, name: str) -> nn.Conv:
+    """A convolution without bias, in the form that trains fastest on the backend."""
+    how = conv_by_patches if jax.default_backend() == "cpu" else None
+    return nn.Conv(
+        features,
+        (size, size),
+        (stride, stride),
+        use_bias=False,
+        kernel_init=nn.initializers.he_normal(),
+        conv_general_dilated=how,
+        name=name,
+    )
+
+
+class Residual(nn.Module):
+    """Residual network of pre-activation basic blocks, https://arxiv.org/abs/1603.05027.
+
+    A stage halves the resolution and doubles the channels of the one before. Images under 16
+    pixels have two stages, others three.
+    """
+
+    norm: Callable[..., nn.Module]
+    classes: int
+    width: int = 16
+    depth: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Logits f32[N, classes] of images f32[N, H, W, C]."""
+        layer = 0
+
+        def normalize(x):
+            nonlocal layer
+            layer += 1
+            return nn.relu(self.norm(name=f"norm_{layer}")(x, use_running_average=not train))
+
+        stages = 2 if x.shape[1] < 16 else 3
+        x = conv(self.width, 3, 1, "stem")(x)
+        for stage in range(stages):
+            for block in range(self.depth):
+                features = self.width * 2**stage
+                stride = 2 if stage and not block else 1
+                name = f"stage_{stage}_block_{block}"
+                y = normalize(x)
+                if stride > 1:
+                    x = conv(features, 1, stride, f"{name}_shortcut")(y)
+                y = conv(features, 3, stride, f"{name}_conv_1")(y)
+                x += conv(features, 3, 1, f"{name}_conv_2")(normalize(y))
+        return nn.Dense(self.classes, name="head")(normalize(x).mean((1, 2)))
+
+
+class MLP(nn.Module):
+    """Three hidden layers of 128 units, each normalized before its ReLU."""
+
+    norm: Callable[..., nn.Module]
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Logits f32[N, classes] of images f32[N, H, W, C]."""
+        x = x.reshape(x.shape[0], -1)
+        init = nn.initializers.he_normal()
+        for layer in range(1, 4):
+            x = nn.Dense(128, use_bias=False, kernel_init=init, name=f"dense_{layer}")(x)
+            norm = self.norm(name=f"norm_{layer}")
+            x = nn.relu(norm(x, use_running_average=not train))
+        return nn.Dense(self.classes, name="head")(x)
+
+
+MODELS = ("residual", "mlp")
+
+
+def build(model: str, method: Any, *, classes: int, width: int = 16, depth: int = 1) -> nn.Module:
+    """The network `model` with `method` as each of its normalizations."""
+    norm = partial(Norm, method=method)
+    if model == "mlp":
+        return MLP(norm, classes)
+    return Residual(norm, classes, width, depth)

@@ -1,0 +1,127 @@
+"""Command line of `benchmarks.compare`."""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import methods, models
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What decides the results of a comparison; the defaults are those of the command line."""
+
+    methods: tuple[str, ...] = (
+        "BatchNorm",
+        "BatchRenorm(r_max=3.0, d_max=5.0)",
+        "LayerNorm",
+        "RMSNorm",
+        "GroupNorm(num_groups=4)",
+        "InstanceNorm",
+        "DynamicTanh",
+        "Ghost(BatchNorm(), groups=4)",
+    )
+    model: tuple[str, ...] = models.MODELS
+    seeds: int = 5
+    epochs: int = 15
+    batch_size: int = 32
+    statistics_batch: int | None = None
+    label_noise: float = 0.0
+    train_size: int | None = None
+    learning_rate: float = 0.1
+    data: str = "digits"
+    data_dir: str | None = None
+    augment: bool = True
+    width: int = 16
+    depth: int = 1
+
+
+def read(argv: Sequence[str]) -> dict[str, Any]:
+    """The options that `argv` gives, under the names of `Config`, and `output` and `resume`.
+
+    Raises:
+      ValueError: naming the option, its value and the rule that it breaks.
+    """
+    given = vars(_parser().parse_args(argv))
+    if "methods" in given:
+        try:
+            given["methods"] = methods.split(given["methods"])
+            for text in given["methods"]:
+                methods.parse(text)
+        except ValueError as error:
+            raise ValueError(f"--methods: {error}") from None
+    for name in given.keys() & {"methods", "model"}:
+        values = given[name] = tuple(given[name])
+        if not values:
+            raise ValueError(f"--{name} names none")
+        for value in values:
+            if values.count(value) > 1:
+                raise ValueError(f"--{name} names {value} more than once")
+    return given
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def _parser():
+    parser = _Parser(
+        prog="python -m benchmarks.compare",
+        description="Trains small networks with several normalization methods and compares them.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+
+    def option(name, text, **how):
+        value = getattr(Config, name.replace("-", "_"), None)
+        if value is not None:
+            text += f" (default: {' '.join(value) if isinstance(value, tuple) else value})"
+        parser.add_argument(f"--{name}", help=text, **how)
+
+    text = "methods with their fields, such as 'Ghost(BatchNorm(), groups=4)'"
+    option("methods", text, nargs="+", metavar="METHOD")
+    option("model", "networks", nargs="+", choices=models.MODELS)
+    option("seeds", "number of seeds", type=_whole)
+    option("epochs", "number of epochs", type=_whole)
+    option("batch-size", "images per gradient step", type=_whole)
+    option("statistics-batch", "images per statistics, a divisor of --batch-size", type=_whole)
+    option("label-noise", "fraction of train labels made wrong", type=_fraction)
+    option("train-size", "number of train images to keep", type=_whole)
+    option("learning-rate", "highest learning rate of the schedule", type=_rate)
+    option("data", "data set", choices=("digits", "images", "cifar10-bin"))
+    option("data-dir", "folder of train/<class>/*.jpg and test/..., or of CIFAR-10 binary files")
+    text = "crop train images at random, and flip those that are no digits"
+    option("augment", text, action=argparse.BooleanOptionalAction)
+    option("width", "channels of the first stage of the residual network", type=_whole)
+    option("depth", "blocks per stage of the residual network", type=_whole)
+    option("output", "folder for the results (default: the next free runs/<data>-<number>)")
+    text = "continue the interrupted run in --output, by default the last under runs/"
+    option("resume", text, action="store_true")
+    return parser
+
+
+def _whole(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
+    return int(text)
+
+
+def _fraction(text):
+    return _number(text, "a fraction in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def _rate(text):
+    return _number(text, "a finite number > 0", lambda value: 0 < value < math.inf)
+
+
+def _number(text, rule, holds):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not holds(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
+    return value

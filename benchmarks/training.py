@@ -1,0 +1,231 @@
+"""Compiled training and evaluation of one network, for several seeds one after the other."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from benchmarks.data import Data
+
+EVALUATION_BATCH = 256
+
+
+class Inputs(NamedTuple):
+    """A data set, all of it on the device; the test set in batches, padded by labels of -1."""
+
+    train_images: jax.Array  # u8[N, H, W, C]
+    train_labels: jax.Array  # i32[N]
+    test_images: jax.Array  # u8[K, B, H, W, C]
+    test_labels: jax.Array  # i32[K, B]
+    mean: jax.Array  # f32[1, 1, 1, C], of the train pixels
+    std: jax.Array  # f32[1, 1, 1, C]
+
+
+class State(NamedTuple):
+    """All that a run is made of, with a leading axis of seeds."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    seed: jax.Array  # i32: with `epoch` the source of all random numbers
+    epoch: jax.Array  # i32: epochs done
+    train_loss: jax.Array  # f32[epochs], mean over the epoch's steps; NaN where not reached
+    test_loss: jax.Array  # f32[epochs]
+    correct: jax.Array  # i32[epochs], right answers on the test set
+
+
+class Program(NamedTuple):
+    """Compiled functions of all seeds; `train` runs one epoch, `evaluate` the whole test set."""
+
+    init: Callable[[jax.Array], State]
+    train: Callable[[State, Inputs], State]
+    evaluate: Callable[[State, Inputs], State]
+
+
+def put(data: Data) -> Inputs:
+    """`data` on the default device."""
+    number = -(-len(data.test_labels) // EVALUATION_BATCH)
+    size = -(-len(data.test_labels) // number)
+    missing = number * size - len(data.test_labels)
+    images = np.pad(data.test_images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    labels = np.pad(data.test_labels, (0, missing), constant_values=-1)
+    mean, std = _pixel_moments(data.train_images)
+    return Inputs(
+        jnp.asarray(data.train_images),
+        jnp.asarray(data.train_labels),
+        jnp.asarray(images.reshape(number, size, *images.shape[1:])),
+        jnp.asarray(labels.reshape(number, size)),
+        jnp.asarray(mean.reshape(1, 1, 1, -1), jnp.float32),
+        jnp.asarray(np.where(std == 0, 1, std).reshape(1, 1, 1, -1), jnp.float32),
+    )
+
+
+def shapes(network: nn.Module, inputs: Inputs, batch_size: int) -> Any:
+    """Shapes of the parameters, after a step in training mode has been traced for errors."""
+    images = jnp.zeros((batch_size, *inputs.train_images.shape[1:]))
+
+    def once(key):
+        variables = network.init(key, images, train=False)
+        _call(network, variables["params"], variables.get("batch_stats", {}), images, key)
+        return variables["params"]
+
+    return jax.eval_shape(once, jax.random.key(0))
+
+
+def compile(
+    network: nn.Module,
+    inputs: Inputs,
+    *,
+    seeds: int,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    augment: bool = False,
+    flip: bool = False,
+) -> Program:
+    """Compiles a run: SGD with Nesterov momentum, warm-up and cosine, weight decay on kernels.
+
+    For a seed, every method sees the same initial weights of the layers around it, order of the
+    batches and augmentation. An epoch drops its last partial batch; evaluation has all images.
+
+    Args:
+      network: called with (images, train=...).
+      inputs: the data set.
+      seeds: length of the leading axis of the state.
+      epochs: length of the schedule.
+      batch_size: at most the number of train images.
+      learning_rate: the highest of the schedule.
+      augment: crop train images at random from ones padded by an eighth of their height.
+      flip: mirror half of the train images.
+    """
+    steps = len(inputs.train_labels) // batch_size
+    total = steps * epochs
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, total // 20, total)
+    optimizer = optax.chain(
+        optax.add_decayed_weights(5e-4, mask=_kernels),
+        optax.sgd(schedule, momentum=0.9, nesterov=True),
+    )
+
+    def initial(seed):
+        images = jnp.zeros((1, *inputs.train_images.shape[1:]))
+        variables = network.init(_key(seed, 0), images, train=False)
+        params = variables["params"]
+        unknown = jnp.full(epochs, jnp.nan)
+        return State(
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=optimizer.init(params),
+            seed=seed,
+            epoch=jnp.int32(0),
+            train_loss=unknown,
+            test_loss=unknown,
+            correct=jnp.full(epochs, -1),
+        )
+
+    def train(state, inputs):
+        def step(carry, batch):
+            params, batch_stats, opt_state = carry
+            indices, key = batch
+            images, labels = inputs.train_images[indices], inputs.train_labels[indices]
+            if augment:
+                images = _augment(key, images, images.shape[1] // 8, flip)
+            images = _scale(images, inputs)
+
+            def loss(params):
+                logits, new = _call(network, params, batch_stats, images, key)
+                return _cross_entropy(logits, labels).mean(), new
+
+            (value, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), batch_stats, opt_state), value
+
+        order_key, steps_key = jax.random.split(_key(state.seed, 1 + state.epoch))
+        order = jax.random.permutation(order_key, len(inputs.train_labels))
+        batches = order[: steps * batch_size].reshape(steps, batch_size)
+        carry = state.params, state.batch_stats, state.opt_state
+        carry, losses = lax.scan(step, carry, (batches, jax.random.split(steps_key, steps)))
+        return state._replace(
+            params=carry[0],
+            batch_stats=carry[1],
+            opt_state=carry[2],
+            epoch=state.epoch + 1,
+            train_loss=state.train_loss.at[state.epoch].set(losses.mean()),
+        )
+
+    def evaluate(state, inputs):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+
+        def batch(images, labels):
+            logits: Any = network.apply(variables, _scale(images, inputs), train=False)
+            losses = jnp.where(labels >= 0, _cross_entropy(logits, labels), 0.0)
+            return losses.sum(), jnp.sum(logits.argmax(-1) == labels)
+
+        losses, correct = lax.map(lambda b: batch(*b), (inputs.test_images, inputs.test_labels))
+        number = jnp.sum(inputs.test_labels >= 0)
+        return state._replace(
+            test_loss=state.test_loss.at[state.epoch - 1].set(losses.sum() / number),
+            correct=state.correct.at[state.epoch - 1].set(correct.sum()),
+        )
+
+    def for_seeds(function):
+        return jax.jit(lambda state, *inputs: lax.map(lambda s: function(s, *inputs), state))
+
+    start = for_seeds(initial).lower(jnp.arange(seeds))
+    rest = (for_seeds(f).lower(start.out_info, inputs).compile() for f in (train, evaluate))
+    return Program(start.compile(), *rest)
+
+
+def _pixel_moments(images):
+    """Mean and standard deviation per channel, without all the images as floats at once."""
+    number = images[..., 0].size
+    total = squares = np.int64(0)
+    for part in np.array_split(images, -(-len(images) // 1024)):
+        pixels = part.reshape(-1, images.shape[-1]).astype(np.int64)
+        total, squares = total + pixels.sum(0), squares + (pixels**2).sum(0)
+    mean = total / number
+    return mean, np.sqrt(np.maximum(squares / number - mean**2, 0))
+
+
+def _key(seed, use):
+    # The initial draws compile in a tenth of the time that the default generator takes.
+    return jax.random.fold_in(jax.random.key(seed, impl="rbg"), use)
+
+
+def _call(network, params, batch_stats, images, key):
+    variables = {"params": params, "batch_stats": batch_stats}
+    logits, new = network.apply(
+        variables, images, train=True, mutable=["batch_stats"], rngs={"ghost": key}
+    )
+    return logits, new.get("batch_stats", {})
+
+
+def _scale(images, inputs):
+    return (images.astype(jnp.float32) - inputs.mean) / inputs.std
+
+
+def _augment(key, images, pad, flip):
+    number, height, width, _ = images.shape
+    bits = jax.random.bits(key, (3, number, 1))  # every further draw compiles for a second
+    shift = (bits % (2 * pad + 1)).astype(jnp.int32)
+    rows = shift[0] + jnp.arange(height)[None]
+    columns = shift[1] + jnp.arange(width)[None]
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    which = jnp.arange(number)[:, None, None]
+    images = padded[which, rows[:, :, None], columns[:, None, :]]
+    if not flip:
+        return images
+    mirrored = bits[2, :, :, None, None] % 2 == 1
+    return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def _cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def _kernels(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
