@@ -9,7 +9,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shlex
 import shutil
@@ -36,7 +35,7 @@ from rich.progress import (
 )
 
 import normjax as nj
-from benchmarks import data, methods, models, options, report, training
+from benchmarks import data, machine, methods, models, options, report, training
 
 SAVE_SECONDS = 10.0  # between checkpoints; one takes about 0.05 s
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint numpy scipy scikit-learn matplotlib pillow"
@@ -101,12 +100,7 @@ def open_run(
             "normjax": nj.__version__,
             **{name: importlib.metadata.version(name) for name in PACKAGES.split()},
         },
-        "machine": {
-            "platform": platform.platform(),
-            "cpu": _cpu(),
-            "cores": os.cpu_count(),
-            "device": jax.devices()[0].device_kind,
-        },
+        "machine": machine.describe(),
         "configuration": dataclasses.asdict(config),
         "complete": False,
         "runs": [],
@@ -335,15 +329,6 @@ def _last_interrupted():
     if not found:
         raise ValueError("--resume: no interrupted run is under runs/; --output names another")
     return max(found, key=lambda folder: folder.stat().st_mtime).parent
-
-
-def _cpu():
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import os
 import platform
 from pathlib import Path
 
+import jax
+
 
 def describe() -> dict[str, str | int]:
     """Platform, processor, cores and accelerator, as results record them."""
-    import jax
-
     device = jax.devices()[0]
     kind = device.device_kind if device.platform != "cpu" else processor()
     return {

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.progress import Progress
 from scipy import stats
 
-from benchmarks import compare, options, report
+from benchmarks import compare, machine, options, report
 
 RUN = ["--model", "mlp", "--methods", "BatchNorm LayerNorm", "InstanceNorm"]
 RUN += ["--seeds", "3", "--epochs", "2", "--train-size", "200", "--batch-size", "50"]
@@ -48,7 +48,7 @@ def test_results(finished):
     assert results["complete"]
     assert results["command"].startswith("python -m benchmarks.compare --model mlp --methods 'Bat")
     assert {"python", "normjax", "jax", "jaxlib", "flax", "optax"} <= results["versions"].keys()
-    assert results["machine"].keys() == {"platform", "cpu", "cores", "device"}
+    assert results["machine"] == machine.describe()
     assert results["configuration"]["methods"] == ["BatchNorm", "LayerNorm", "InstanceNorm"]
     assert results["configuration"].keys() == options.Config.__dataclass_fields__.keys()
     assert results["data"]["train_images"] == 200
