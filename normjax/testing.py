@@ -531,11 +531,10 @@ def _mapped(subject):
         return {"y": merge(result["y"]), "state": state, "jvp": merge(result["jvp"]), **pairs}
 
     def mapped_by(transform):
-        def run(params, state, x, mask, weight):
-            data = split((x, mask, weight))
-            axes = (None, None, 0, None if mask is None else 0, 0)
-            function = transform(everything, in_axes=axes, axis_name=AXIS)
-            return join(function(params, state, *data))
+        def run(params, state, *data):
+            one = lambda variables, data: everything(*variables, *data)
+            mapped = transform(one, in_axes=(None, 0), axis_name=AXIS)
+            return join(mapped((params, state), split(data)))
 
         return run
 

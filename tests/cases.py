@@ -25,19 +25,19 @@ CASES = {
     ),
     "LayerNorm, gelu inside": Subject(nj.LayerNorm(activation=jax.nn.gelu), (16, 6)),
     "LayerNorm, feature axis elsewhere": Subject(
-        nj.LayerNorm(reduction_axes=(1, 2), feature_axes=-1), (16, 3, 4)
+        nj.LayerNorm(reduction_axes=(1, 2), feature_axes=-1), (16, 9, 4)
     ),
     "RMSNorm": Subject(nj.RMSNorm(), (16, 3, 6)),
     "GroupNorm": Subject(nj.GroupNorm(2), (16, 3, 3, 4)),
-    "GroupNorm, features": Subject(nj.GroupNorm(2), (16, 6)),
+    "GroupNorm, features": Subject(nj.GroupNorm(2), (16, 16)),
     "GroupNorm, relu inside": Subject(nj.GroupNorm(None, 2, activation=jax.nn.relu), (16, 3, 3, 4)),
     "InstanceNorm": Subject(nj.InstanceNorm(), (16, 3, 3, 4)),
     "Affine": Subject(nj.Affine(), (16, 4)),
     "DynamicTanh": Subject(nj.DynamicTanh(), (16, 4)),
-    "Ghost, 4 groups": Subject(nj.Ghost(nj.BatchNorm(), groups=4), (16, 3, 4), drops_rows=False),
-    "Ghost, 8 groups": Subject(nj.Ghost(nj.BatchNorm(), groups=8), (16, 3, 4), drops_rows=False),
+    "Ghost, 4 groups": Subject(nj.Ghost(nj.BatchNorm(), groups=4), (16, 6, 4), drops_rows=False),
+    "Ghost, 8 groups": Subject(nj.Ghost(nj.BatchNorm(), groups=8), (16, 6, 4), drops_rows=False),
     "Ghost, renorm": Subject(
-        nj.Ghost(nj.BatchRenorm(r_max=2.0, d_max=1.0), groups=2), (16, 4), drops_rows=False
+        nj.Ghost(nj.BatchRenorm(r_max=2.0, d_max=1.0), groups=2), (16, 6, 4), drops_rows=False
     ),
     "chain": Subject(
         nj.chain(nj.LayerNorm(use_scale=False), nj.BatchNorm(use_bias=False), nj.Affine()),
