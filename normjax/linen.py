@@ -17,6 +17,16 @@ from normjax.core import checks
 from normjax.core.structs import from_dict, to_dict
 
 FLAX_FIELDS = {"use_fast_variance": True, "force_float32_reductions": True}
+NOTE = """
+    As a Linen module (`normjax.linen`) it takes these fields and those of `flax.linen.Module`;
+    parameters are made when it is first called.
+"""
+SWITCH_NOTE = """    `use_running_average`, a field or an argument of the call,
+    evaluates with the running statistics.
+"""
+FLAX_NOTE = """    Flax's `use_fast_variance` and `force_float32_reductions` are accepted
+    and change nothing: the variance is always exact, and sums are in at least float32.
+"""
 
 
 class _Front(nn.Module):
@@ -109,18 +119,15 @@ def _module(method, *, like_flax=False):
     switch = {}
     if checks.depends_on_train(method) is not False:
         switch["use_running_average"] = (bool | None, None)
+    declared = {**fields, **switch}
     if like_flax:
-        declared = {
-            **switch,
-            **fields,
-            **{n: (bool, default) for n, default in FLAX_FIELDS.items()},
-        }
-    else:
-        declared = {**fields, **switch}
+        flax_fields = {name: (bool, default) for name, default in FLAX_FIELDS.items()}
+        declared = {**switch, **fields, **flax_fields}
 
     def body(namespace):
         namespace["__module__"] = __name__
-        namespace["__doc__"] = method.__doc__
+        notes = (NOTE, SWITCH_NOTE if switch else "", FLAX_NOTE if like_flax else "")
+        namespace["__doc__"] = method.__doc__.rstrip() + "\n" + "".join(notes)
         namespace["__annotations__"] = {name: kind for name, (kind, _) in declared.items()}
         for name, (_, default) in declared.items():
             if default is not dataclasses.MISSING:

@@ -19,6 +19,15 @@ import normjax
 from normjax.core import checks
 from normjax.core.structs import from_dict, to_dict
 
+NOTE = """
+    As an NNX module (`normjax.nnx`) it takes `num_features` first, these fields,
+    `use_running_average` (False: calls train), `rngs`, and `scale_metadata` and `bias_metadata` for
+    the variables.
+"""
+FLAX_NOTE = """    Flax's `use_fast_variance` is accepted and changes nothing: the variance is
+    always exact. A `promote_dtype` of your own is refused: `dtype` sets the dtype of the output.
+"""
+
 
 class Norm(nnx.Module):
     """Any method as a module, such as `Norm(nj.chain(nj.LayerNorm(), nj.Affine()), 64, rngs=rngs)`.
@@ -197,7 +206,8 @@ def _module(method, *, like_flax=False):
 
     def body(namespace):
         namespace["__module__"] = __name__
-        namespace["__doc__"] = method.__doc__
+        notes = (NOTE, FLAX_NOTE if like_flax else "")
+        namespace["__doc__"] = method.__doc__.rstrip() + "\n" + "".join(notes)
         namespace["__init__"] = __init__
 
     return types.new_class(method.__name__, (Norm,), {}, body)
