@@ -122,7 +122,9 @@ def _module(method, *, like_flax=False):
     declared = {**fields, **switch}
     if like_flax:
         flax_fields = {name: (bool, default) for name, default in FLAX_FIELDS.items()}
-        declared = {**switch, **fields, **flax_fields}
+        last = list(fields).index("axis_index_groups") + 1
+        ours = dict(list(fields.items())[last:])
+        declared = {**switch, **dict(list(fields.items())[:last]), **flax_fields, **ours}
 
     def body(namespace):
         namespace["__module__"] = __name__

@@ -110,6 +110,11 @@ class Norm(nnx.Module):
           mask: broadcasts to `x`; positions where it is False do not enter the statistics.
           **inputs: what else the method takes.
         """
+        if not (use_running_average is None or isinstance(use_running_average, bool)):
+            raise TypeError(
+                f"{type(self).__name__}: use_running_average={use_running_average!r} is not "
+                "True or False; a mask is given by name."
+            )
         evaluate = self.use_running_average if use_running_average is None else use_running_average
         if evaluate is None:
             raise ValueError(
@@ -141,10 +146,14 @@ class Norm(nnx.Module):
             self.use_running_average = use_running_average
 
     def __getattr__(self, name: str) -> Any:
-        method = vars(self).get("method")
-        if method is not None and name in {f.name for f in dataclasses.fields(method)}:
-            return getattr(method, name)
+        if name in _fields(self):
+            return getattr(vars(self)["method"], name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _fields(self):
+            name, value = "method", dataclasses.replace(vars(self)["method"], **{name: value})
+        super().__setattr__(name, value)
 
     def _variable(self, path):
         value = getattr(self, path[0])
@@ -154,6 +163,12 @@ class Norm(nnx.Module):
 
     def _values(self, tree):
         return _map(lambda path, _: self._variable(path)[...], tree)
+
+
+def _fields(module):
+    """Names of the fields of the module's method, which read and set as the module's own."""
+    fields = getattr(vars(module).get("method"), "__dataclass_fields__", {})
+    return fields.keys() - {"method"}
 
 
 def _map(function, tree, path=()):
@@ -175,7 +190,7 @@ def _nested(tree):
     return nnx.Dict({k: _nested(v) if isinstance(v, dict) else v for k, v in tree.items()})
 
 
-def _module(method, *, like_flax=False):
+def _module(method, *, like_flax=False, mask_second=False):
     """The module class of `method`: it takes the fields of the method and has its documentation."""
     fields = dataclasses.fields(method)
     positional = [f.name for f in fields if not f.kw_only]
@@ -186,7 +201,10 @@ def _module(method, *, like_flax=False):
             raise TypeError(
                 f"{name}: {len(args)} positional arguments after num_features are too many."
             )
-        given = {**dict(zip(positional, args, strict=False)), **given}
+        named = dict(zip(positional, args, strict=False))
+        if twice := named.keys() & given.keys():
+            raise TypeError(f"{name}: {min(twice)} is given by position and by name.")
+        given = {**named, **given}
         metadata = {
             key.removesuffix("_metadata"): given.pop(key)
             for key in list(given)
@@ -204,11 +222,16 @@ def _module(method, *, like_flax=False):
             metadata=metadata,
         )
 
+    def call_with_mask(self, x, mask=None, **how):
+        return Norm.__call__(self, x, mask=mask, **how)
+
     def body(namespace):
         namespace["__module__"] = __name__
         notes = (NOTE, FLAX_NOTE if like_flax else "")
         namespace["__doc__"] = method.__doc__.rstrip() + "\n" + "".join(notes)
         namespace["__init__"] = __init__
+        if mask_second:
+            namespace["__call__"] = call_with_mask
 
     return types.new_class(method.__name__, (Norm,), {}, body)
 
@@ -224,7 +247,7 @@ def _check_promotion(name, promote):
 BatchNorm = _module(normjax.BatchNorm, like_flax=True)
 BatchRenorm = _module(normjax.BatchRenorm)
 LayerNorm = _module(normjax.LayerNorm, like_flax=True)
-RMSNorm = _module(normjax.RMSNorm, like_flax=True)
+RMSNorm = _module(normjax.RMSNorm, like_flax=True, mask_second=True)
 GroupNorm = _module(normjax.GroupNorm, like_flax=True)
 InstanceNorm = _module(normjax.InstanceNorm, like_flax=True)
 Affine = _module(normjax.Affine)

@@ -202,12 +202,14 @@ def _split(groups, *arrays):
 def _ghost(method, params, state, x, mask, train):
     if not train:
         return apply(method.method, params, state, x, train=False, mask=mask)
+    masks = _split(method.groups, mask)[0]
     parts = [
         apply(method.method, params, state, part, train=True, mask=part_mask)
         for part, part_mask in zip(*_split(method.groups, x, mask), strict=True)
     ]
     y, states = zip(*parts, strict=True)
-    return np.concatenate(y), _tree_mean(states)
+    filled = [new for new, part_mask in zip(states, masks, strict=True) if part_mask.any()]
+    return np.concatenate(y), _tree_mean(filled or states)
 
 
 def _tree_mean(trees):

@@ -41,12 +41,13 @@ def _callable(value):
 
 
 def _activation(value):
-    if value is not None and not callable(value):
-        return "is neither None nor a pointwise function of one array, such as jax.nn.relu"
+    if value is not None and not (callable(value) and _is_hashable(value)):
+        return "is neither None nor a hashable function of one array, such as jax.nn.relu"
 
 
 def _dtype(value):
-    if value is not None and not jnp.issubdtype(value, jnp.floating):
+    named = isinstance(value, str | type | np.dtype)
+    if value is not None and not (named and jnp.issubdtype(value, jnp.floating)):
         return "is not a real floating dtype"
 
 
@@ -69,6 +70,8 @@ def _axis_index_groups(value):
 def _method(value):
     if isinstance(value, type):
         return "is not a method but a class: make one with parentheses"
+    if hasattr(value, "bind"):
+        return "is not a method but a Flax module: give the method, such as normjax.BatchNorm()"
     if not (hasattr(value, "init") and hasattr(value, "apply")):
         return "is not a method: it needs `init(key, features)` and `apply(params, state, x, ...)`"
 
@@ -103,15 +106,20 @@ RULES = {
 
 
 def configuration(method: Any) -> None:
-    """Makes sequences in the fields of `method` tuples and checks every field that has a rule.
+    """Makes the fields of `method` static and checks every field that has a rule.
 
     Raises:
       ValueError: naming method, field, value and rule.
     """
     name = type(method).__name__
     for field in dataclasses.fields(method):
-        value = _hashable(getattr(method, field.name))
+        value = _static(getattr(method, field.name))
         object.__setattr__(method, field.name, value)
+        if isinstance(value, jax.core.Tracer):
+            raise ValueError(
+                f"{name}: {field.name} is traced, but fields are static: give a Python "
+                "value, or make the method outside of the traced function."
+            )
         broken = RULES[field.name](value) if field.name in RULES else None
         if broken:
             raise ValueError(f"{name}: {field.name}={value!r} {broken}.")
@@ -122,10 +130,20 @@ def configuration(method: Any) -> None:
         raise ValueError(f"{name}: axis_index_groups needs the axis_name that it divides.")
 
 
-def _hashable(value):
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return tuple(_hashable(v) for v in value)
-    return value
+def _static(value):
+    """Sequences as tuples, NumPy's and JAX's concrete scalars as Python's."""
+    if isinstance(value, list | tuple | range) and not hasattr(value, "_fields"):
+        return tuple(_static(v) for v in value)
+    scalar = isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0
+    return value.item() if scalar and not isinstance(value, jax.core.Tracer) else value
+
+
+def _is_hashable(value):
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_int(value):
@@ -189,7 +207,7 @@ def axes(
     """Axes as increasing non-negative integers.
 
     Raises:
-      ValueError: for an axis out of range, named twice, or out of order.
+      ValueError: for an axis out of range, or named twice.
     """
     rank = len(shape)
     given = value if isinstance(value, tuple) else (value,)
@@ -251,10 +269,3 @@ def need_positions(
             f"{name}: an input of shape {shape} has too few axes: none is left to take "
             "statistics over."
         )
-
-
-def need_key(name: str, key: jax.Array | None) -> jax.Array:
-    """`key`; ValueError if there is none."""
-    if key is None:
-        raise ValueError(f"{name}: training draws random numbers and needs `key` (stream `ghost`).")
-    return key

@@ -49,8 +49,7 @@ def moments(
         shape = (1,) * (x.ndim - 1) + (x.shape[-1] if channel_groups else 1,)
         count = jnp.full(shape, math.prod(x.shape[i] for i in axes), dtype)
     else:
-        mask = jnp.broadcast_to(mask, x.shape)
-        count = jnp.sum(mask, axes, dtype=dtype, keepdims=True)
+        count = jnp.sum(jnp.broadcast_to(mask, x.shape), axes, dtype=dtype, keepdims=True)
     count = _pool(count, channel_groups)
     how = axes, centred, channel_groups
     mean, var = _mean_var(x, mask, jnp.maximum(count, 1), how)
@@ -117,18 +116,19 @@ def normalize(
     Epsilon, activation and dtype are those of `method`. `mean` (None: zero), `var` and the
     parameters have the rank of `x` and broadcast to it.
     """
-    scale, bias = (None if a is None else a.astype(var.dtype) for a in params)
+    dtype = wide(x.dtype)
+    var, mean, scale, bias = (None if a is None else a.astype(dtype) for a in (var, mean, *params))
     inverse = lax.rsqrt(var + method.epsilon)
-    activation, dtype = method.activation, method.dtype
     small = [a.shape for a in (scale, bias) if a is not None]
     shape = jnp.broadcast_shapes(var.shape, *small)
     if shape == var.shape or math.prod(shape) < x.size:
         gain = inverse if scale is None else inverse * scale
-        return affine(x, mean, gain, bias, activation=activation, dtype=dtype)
+        return affine(x, mean, gain, bias, activation=method.activation, dtype=method.dtype)
     smaller = jnp.broadcast_shapes(*small)
-    scale = jnp.ones(smaller, var.dtype) if scale is None else scale
-    bias = jnp.zeros(smaller, var.dtype) if bias is None else bias
-    return _rows(x, mean, inverse, scale, bias, activation, jnp.dtype(dtype or x.dtype))
+    scale = jnp.ones(smaller, dtype) if scale is None else scale
+    bias = jnp.zeros(smaller, dtype) if bias is None else bias
+    how = method.activation, _output_dtype(method.dtype, x)
+    return _rows(x, mean, inverse, scale, bias, *how)
 
 
 def affine(
@@ -147,7 +147,7 @@ def affine(
     mean, bias = (jnp.zeros_like(gain) if a is None else a for a in (mean, bias))
     mean, gain, bias = (a.astype(wide(x.dtype)) for a in (mean, gain, bias))
     zero = jnp.zeros_like(mean) + jnp.zeros_like(gain) + jnp.zeros_like(bias)
-    how = activation, jnp.dtype(dtype or x.dtype)
+    how = activation, _output_dtype(dtype, x)
     return _affine(x, mean + zero, gain + zero, bias + zero, *how)
 
 
@@ -166,12 +166,29 @@ def _total(a, small):
     return fence(jnp.sum(a, _reduced(small, a), keepdims=True))[0]
 
 
+def _output_dtype(dtype, x):
+    return x.dtype if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+
+
 def _activate(activation, z):
-    return z if activation is None else activation(z)
+    if activation is None:
+        return z
+    y = activation(z)
+    if y.shape != z.shape:
+        raise ValueError(f"activation={activation!r} makes shape {y.shape} of shape {z.shape}.")
+    return y
 
 
 def _tangent(activation, z, dz):
     return dz if activation is None else jax.jvp(activation, (z,), (dz,))[1]
+
+
+def _cotangent(activation, z, h):
+    if activation is None:
+        return h
+    if activation is jax.nn.relu:  # without the select, which XLA on CPU does not fuse into sums
+        return h * jnp.maximum(jnp.sign(z), 0)
+    return jax.vjp(activation, z)[1](h)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
@@ -192,7 +209,7 @@ def _affine_transpose(activation, saved, g):
         """Cotangent before the activation, centred input, gain: for a pass after `after`'s."""
         h, x, mean, gain, bias, *_ = fence(g, *saved, *after)
         centred = widen(x) - mean
-        return _tangent(activation, centred * gain + bias, widen(h)), centred, gain
+        return _cotangent(activation, centred * gain + bias, widen(h)), centred, gain
 
     h, _, gain = inputs()
     total = _total(h, gain)
@@ -234,7 +251,7 @@ def _rows_transpose(activation, saved, g):
         """As in `_affine_transpose`, with inverse and scale in place of the gain."""
         h, x, mean, inverse, scale, bias, *_ = _fence_tree(g, *saved, *after)
         centred = _centre(x, mean)
-        h = _tangent(activation, centred * inverse * scale + bias, widen(h))
+        h = _cotangent(activation, centred * inverse * scale + bias, widen(h))
         return h, centred, inverse, scale
 
     h, centred, inverse, scale = inputs()

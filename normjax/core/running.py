@@ -1,6 +1,7 @@
 """How running statistics move."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,8 @@ def update(
         valid &= jnp.all(jnp.isfinite(new.mean) & jnp.isfinite(var))
     count, keep = state.count, jnp.asarray(momentum, state.mean.dtype)
     if count is not None:
-        if average == "debiased" and momentum < 1:
-            rate = math.log(max(momentum, 1e-30))
+        if average == "debiased" and momentum < 1:  # momentum 1 weighs all batches alike
+            rate = math.log(max(momentum, 1e-30))  # the expm1 of momentum 0 is -1 all the same
             keep = keep * jnp.expm1(rate * count) / jnp.expm1(rate * (count + 1))
         elif average != "exponential":
             keep = count / (count + 1)
@@ -65,18 +66,18 @@ def update(
 
 
 def update_groups(state: Running, new: Moments, momentum: float, **options) -> Running:
-    """The mean, over groups stacked on axis 0 of `new`, of what `update` makes of each group."""
+    """The mean of what `update` makes of each group with a sample, stacked on axis 0 of `new`."""
     each = jax.vmap(lambda m: update(state, m, momentum, **options))(new)
-    return jax.tree.map(lambda a: a.mean(0), each)
+    filled = jnp.any(new.count > 0, axis=tuple(range(1, new.count.ndim)))
+    return average_filled(each, filled)
 
 
-def pool(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two disjoint samples."""
-    n = jnp.maximum(a.count + b.count, 1)
-    w = b.count / n
-    gap = b.mean - a.mean
-    return Moments(
-        a.count + b.count,
-        a.mean + w * gap,
-        (1 - w) * a.var + w * b.var + w * (1 - w) * jnp.square(gap),
-    )
+def average_filled(states: Any, filled: jax.Array) -> Any:
+    """The mean over axis 0 of those states whose part of the batch has a sample, or of all."""
+    weight = jnp.where(jnp.any(filled), filled, True)
+
+    def average(a):
+        share = weight.reshape(-1, *(1,) * (a.ndim - 1)).astype(a.dtype)
+        return (a * share).sum(0) / share.sum(0)
+
+    return jax.tree.map(average, states)

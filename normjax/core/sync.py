@@ -7,9 +7,8 @@ from jax import lax
 
 from normjax.core.structs import AxisGroups, AxisName, Moments
 
-LARGE_MESSAGE = (
-    1 << 20
-)  # bytes; beyond, two small all-reduces beat one that carries every device's moments
+# Bytes, beyond which two small all-reduces beat one that carries every device's moments.
+LARGE_MESSAGE = 1 << 20
 
 
 def merge(parts: Moments, axis: int = 0) -> Moments:

@@ -1,5 +1,6 @@
 """Tracing `apply` once for all layers of one configuration and shape."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,7 +20,19 @@ def traced_once(apply: Apply) -> Apply:
     compiled = jax.jit(apply, static_argnums=0, static_argnames="train")
 
     @functools.wraps(apply)
-    def run(self, params, state, x, **how):
-        return compiled(self, params, state, x, **how)
+    def run(self, params, state, x, *, train=True, **how):
+        if not isinstance(train, bool):
+            raise TypeError(
+                f"{type(self).__name__}: train={train!r} is not True or False. Under "
+                'jax.jit make it static: `static_argnames="train"`.'
+            )
+        return compiled(_without_initializers(self), params, state, x, train=train, **how)
 
     return run  # type: ignore[return-value]
+
+
+def _without_initializers(method):
+    """`method` with default initializers, so that a fresh closure there needs no new trace."""
+    fields = [f for f in dataclasses.fields(method) if f.name.endswith("_init")]
+    defaults = {f.name: f.default for f in fields if getattr(method, f.name) != f.default}
+    return dataclasses.replace(method, **defaults) if defaults else method

@@ -119,7 +119,7 @@ class BatchNorm:
         Args:
           params: scale and bias from `init`.
           state: running statistics; returned moved if `train`, else unchanged.
-          x: real array of rank 2 or more with the features on `axis`.
+          x: real array with the features on `axis`; training needs another axis or `axis_name`.
           train: whether to use and record the statistics of `x`.
           mask: broadcasts to `x`; positions where it is False do not enter the statistics, and
             nothing of them, NaN included, reaches the output at other positions or any gradient.
@@ -133,6 +133,11 @@ class BatchNorm:
         x, mask = checks.inputs(name, x, mask)
         at = checks.axes(name, "axis", self.axis, x.shape)
         checks.match(name, "axis", at, x.shape, (*params, state.mean, state.var))
+        if self._counted() != (state.count is not None):
+            raise ValueError(
+                f"{name}: the state has {'no' if state.count is None else 'a'} leaf `count`, which "
+                f"this configuration {'needs' if state.count is None else 'does not use'}."
+            )
         others = tuple(i for i in range(x.ndim) if i not in at)
         params = AffineParams(*(None if a is None else jnp.expand_dims(a, others) for a in params))
         mean, var = (jnp.expand_dims(a, others) for a in (state.mean, state.var))
@@ -176,15 +181,19 @@ class Ramp:
     begin: int
     end: int
 
+    def __post_init__(self):
+        if not self.begin < self.end:
+            raise ValueError(f"Ramp: begin={self.begin} is not before end={self.end}.")
+
     def __call__(self, step):
         """The value at `step`, a number or an array of any shape."""
         share = (step - self.begin) / (self.end - self.begin)
-        clip = (
-            jnp.clip
-            if isinstance(share, jax.Array)
-            else lambda a, low, high: min(max(a, low), high)
-        )
-        return self.start + (self.stop - self.start) * clip(share, 0.0, 1.0)
+        clip = (lambda a: min(max(a, 0.0), 1.0)) if checks.is_number(share) else _clip
+        return self.start + (self.stop - self.start) * clip(share)
+
+
+def _clip(share):
+    return jnp.clip(share, 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,10 +213,10 @@ class BatchRenorm(BatchNorm):
       r_max: bound of the scale correction, >= 1, or a schedule (a function of the number of
         updates, such as those of optax). A schedule adds the leaf `count` to the state.
       d_max: bound of the shift correction, >= 0, or a schedule.
-      axis, momentum, epsilon, use_scale, use_bias, scale_init, bias_init, dtype, param_dtype,
-      axis_name,
-        axis_index_groups, activation, running_average, unbiased_running_var, skip_nonfinite: as in
-          `BatchNorm`.
+      axis, momentum, epsilon, use_scale, use_bias: as in `BatchNorm`.
+      scale_init, bias_init, dtype, param_dtype: as in `BatchNorm`.
+      axis_name, axis_index_groups, activation: as in `BatchNorm`.
+      running_average, unbiased_running_var, skip_nonfinite: as in `BatchNorm`.
 
     Raises:
       ValueError: for a bound outside its range, and as in `BatchNorm`.

@@ -32,6 +32,8 @@ class Chain:
     methods: tuple[Any, ...]
 
     def __post_init__(self):
+        if not isinstance(self.methods, list | tuple):
+            raise ValueError(f"chain: methods={self.methods!r} is not a sequence of methods.")
         object.__setattr__(self, "methods", tuple(self.methods))
         if not self.methods:
             raise ValueError("chain: needs at least one method.")

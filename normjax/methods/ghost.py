@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normjax.core import checks, groups
+from normjax.core import checks, groups, running
+from normjax.core.linear import place, spec
 from normjax.core.structs import Axes, Features, Key
 
 
@@ -49,12 +50,16 @@ class Ghost:
         checks.configuration(self)
         if getattr(self.method, "axis_index_groups", None) is not None:
             raise ValueError("Ghost: the method has axis_index_groups; Ghost makes these itself.")
-        for part in getattr(self.method, "methods", ()):
-            if getattr(part, "axis_name", None) is not None:
-                raise ValueError(
-                    f"Ghost: a part of the chain has axis_name={part.axis_name!r}: put "
-                    "Ghost around the parts."
-                )
+        axis_name = getattr(self.method, "axis_name", None)
+        if axis_name is not None and not self.depends_on_train:
+            raise ValueError(
+                f"Ghost: axis_name={axis_name!r} of {type(self.method).__name__} divides its "
+                "samples, not the batch: its statistics need no Ghost."
+            )
+        if any(_axis_names(part) for part in _parts(self.method)):
+            raise ValueError(
+                "Ghost: a method inside of the method has an axis_name: put Ghost around that one."
+            )
 
     @property
     def axis(self) -> Axes:
@@ -108,8 +113,14 @@ class Ghost:
         if x.ndim == 0 or x.shape[0] % here:
             raise ValueError(f"Ghost: {here} groups do not divide a batch of shape {x.shape}.")
         mask = checks.mask("Ghost", mask, x.shape)
+        filled = jnp.ones(here, bool)
         if mask is not None:
             mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:]))
+            filled = jnp.any(mask.reshape(here, -1), axis=1)
+        batch = spec(x)[0]
+        mask, inputs = jax.tree.map(
+            lambda a: place(a, (batch, *spec(a)[1:]), like=x), (mask, inputs)
+        )
         keys = None if key is None else jax.random.split(key, here)
         parts = jax.tree.map(lambda a: groups.split(a, 0, here), (x, mask, inputs))
 
@@ -118,7 +129,20 @@ class Ghost:
             return method.apply(params, state, x, train=True, mask=mask, key=key, **inputs)
 
         y, new = jax.vmap(run)(parts, keys)
-        new = jax.tree.map(lambda a: a.mean(0), new)
+        new = running.average_filled(new, filled)
         if devices > 1 and jax.tree.leaves(new):
             new = lax.pmean(new, axis_name)
         return jax.tree.map(lambda a: groups.join(a, 0, like=x), y), new
+
+
+def _parts(method):
+    """The methods that `method` is made of."""
+    inner = getattr(method, "method", None)
+    return (*getattr(method, "methods", ()), *(() if inner is None else (inner,)))
+
+
+def _axis_names(method):
+    """The axis names in `method` and what it is made of."""
+    own = getattr(method, "axis_name", None)
+    names = [name for part in _parts(method) for name in _axis_names(part)]
+    return names if own is None else [own, *names]

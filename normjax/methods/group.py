@@ -139,15 +139,11 @@ class GroupNorm:
         return sync.over_devices(now, self.axis_name, self.axis_index_groups)[0]
 
     def _groups(self, channels):
-        number = self.num_groups or channels // (self.group_size or 1)
-        if number < 1 or channels % number or (self.group_size and channels % self.group_size):
-            given = (
-                f"num_groups={self.num_groups}"
-                if self.num_groups
-                else f"group_size={self.group_size}"
-            )
-            raise ValueError(f"GroupNorm: {given} does not divide {channels} channels.")
-        return number
+        name = "group_size" if self.num_groups is None else "num_groups"
+        divisor = getattr(self, name)
+        if channels % divisor:
+            raise ValueError(f"GroupNorm: {name}={divisor} does not divide {channels} channels.")
+        return divisor if name == "num_groups" else channels // divisor
 
 
 def _lift(params, rank):
