@@ -139,11 +139,6 @@ def _fence_jvp(primals, tangents):
     return fence_p.bind(*primals), list(tangents)
 
 
-def _fence_transpose(cotangents, *arrays):
-    pairs = zip(cotangents, arrays, strict=True)
-    return [c if ad.is_undefined_primal(a) else None for c, a in pairs]
-
-
 fence_p.def_impl(lambda *arrays: list(arrays))
 fence_p.def_abstract_eval(lambda *avals: list(avals))
 mlir.register_lowering(fence_p, mlir.lower_fun(lambda *arrays: list(arrays), multiple_results=True))
@@ -153,5 +148,4 @@ mlir.register_lowering(
     platform="cpu",
 )
 ad.primitive_jvps[fence_p] = _fence_jvp
-ad.primitive_transposes[fence_p] = _fence_transpose
 batching.primitive_batchers[fence_p] = lambda arrays, dims: (fence_p.bind(*arrays), dims)
