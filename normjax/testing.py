@@ -588,10 +588,13 @@ def _memory(subject: Subject) -> None:
     small = sum(a.nbytes for a in jax.tree.leaves((params, state)))
     for dtype in (jnp.float32, jnp.bfloat16):
         x = larger.inputs(dtype)
-        kept = residual_bytes(lambda p, x: larger.apply(p, state, x)[0], params, x)
-        kept -= 4 * small / x.nbytes
-        limit = subject.residual_bytes
-        assert kept <= limit, f"{jnp.dtype(dtype)}: {kept:.2f} bytes kept per byte, {limit} allowed"
+        for mask in (None, larger.rows()):
+            output = lambda p, x, mask=mask: larger.apply(p, state, x, mask)[0]
+            kept = residual_bytes(output, params, x) - 4 * small / x.nbytes
+            assert kept <= subject.residual_bytes, (
+                f"{jnp.dtype(dtype)}, {'no ' if mask is None else ''}mask: {kept:.2f} bytes kept "
+                f"per byte, {subject.residual_bytes} allowed"
+            )
 
 
 def _export(subject: Subject) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from normjax.core.structs import Features, feature_shape
 
@@ -115,7 +116,7 @@ def configuration(method: Any) -> None:
     for field in dataclasses.fields(method):
         value = _static(getattr(method, field.name))
         object.__setattr__(method, field.name, value)
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             raise ValueError(
                 f"{name}: {field.name} is traced, but fields are static: give a Python "
                 "value, or make the method outside of the traced function."
@@ -134,8 +135,9 @@ def _static(value):
     """Sequences as tuples, NumPy's and JAX's concrete scalars as Python's."""
     if isinstance(value, list | tuple | range) and not hasattr(value, "_fields"):
         return tuple(_static(v) for v in value)
-    scalar = isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0
-    return value.item() if scalar and not isinstance(value, jax.core.Tracer) else value
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
+        return value if isinstance(value, Tracer) else value.item()
+    return value
 
 
 def _is_hashable(value):
@@ -251,13 +253,6 @@ def mask(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array | None:
         )
     value = value if value.dtype == jnp.bool_ else value != 0
     return jnp.expand_dims(value, tuple(range(len(shape) - value.ndim)))
-
-
-def inputs(name: str, x: Any, given: Any) -> tuple[jax.Array, jax.Array | None]:
-    """Checked input and mask; masked positions are zero, so that no gradient sees the padding."""
-    x = real(name, x)
-    valid = mask(name, given, x.shape)
-    return x if valid is None else jnp.where(valid, x, jnp.zeros((), x.dtype)), valid
 
 
 def need_positions(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normjax.core import groups
+from normjax.core import checks, groups
 from normjax.core.linear import align, fence, linear
 from normjax.core.structs import AffineParams, Moments
 
@@ -28,6 +28,28 @@ def wide(dtype: Any) -> Any:
 def widen(x: jax.Array) -> jax.Array:
     """`x` in at least float32."""
     return x.astype(wide(x.dtype))
+
+
+def inputs(name: str, x: Any, mask: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Checked input and mask; masked positions are zero, so that no gradient sees the padding."""
+    x = checks.real(name, x)
+    mask = checks.mask(name, mask, x.shape)
+    return (x if mask is None else _drop(x, mask)), mask
+
+
+def _keep(mask, x):
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+@jax.custom_jvp
+def _drop(x, mask):
+    return _keep(mask, x)
+
+
+@_drop.defjvp
+def _(primals, tangents):
+    x, mask = primals
+    return _drop(x, mask), linear(_keep, _keep, mask, tangents[0])
 
 
 def moments(
@@ -67,7 +89,7 @@ def _pool(a, channel_groups):
 
 def _average(a, mask, n, how):
     axes, _, channel_groups = how
-    total = jnp.sum(a if mask is None else jnp.where(mask, a, 0), axes, keepdims=True)
+    total = jnp.sum(a if mask is None else _keep(mask, a), axes, keepdims=True)
     return _pool(total, channel_groups) / n
 
 
@@ -96,7 +118,7 @@ def _mean_var_transpose(how, saved, cotangents):
     x, mean, shift, slope = fence(x, mean, shift, 2 * slope)
     dx = (widen(x) - mean) * slope
     dx = dx + shift if centred else dx
-    return (dx if mask is None else jnp.where(mask, dx, 0)).astype(x.dtype)
+    return (dx if mask is None else _keep(mask, dx)).astype(x.dtype)
 
 
 @_mean_var.defjvp

@@ -24,12 +24,12 @@ def merge(parts: Moments, axis: int = 0) -> Moments:
 
 def over_devices(
     part: Moments, axis_name: AxisName, groups: AxisGroups = None
-) -> tuple[Moments, Moments]:
+) -> tuple[Moments, Moments | None]:
     """Moments over the devices of `axis_name`, or over each group of their indices.
 
     Returns:
-      The moments of this device's group, and those of all groups stacked on axis 0. Without
-      `groups` both are the moments over all devices, the second with a leading axis of one.
+      The moments of this device's group, and those of all groups stacked on axis 0 (None: there is
+      one group).
 
     Raises:
       ValueError: if the groups do not name every device.
@@ -37,8 +37,7 @@ def over_devices(
     devices = lax.axis_size(axis_name)
     if groups is None:
         large = 3 * devices * part.mean.size * part.mean.dtype.itemsize > LARGE_MESSAGE
-        everyone = _in_two_steps(part, axis_name) if large else merge(gather(part, axis_name))
-        return everyone, jax.tree.map(lambda a: a[None], everyone)
+        return _in_two_steps(part, axis_name) if large else merge(gather(part, axis_name)), None
     named = sum(map(len, groups))
     if named != devices:
         raise ValueError(

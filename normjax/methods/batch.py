@@ -130,7 +130,7 @@ class BatchNorm:
         """
         del key
         name = type(self).__name__
-        x, mask = checks.inputs(name, x, mask)
+        x, mask = passes.inputs(name, x, mask)
         at = checks.axes(name, "axis", self.axis, x.shape)
         checks.match(name, "axis", at, x.shape, (*params, state.mean, state.var))
         if self._counted() != (state.count is not None):
@@ -146,13 +146,14 @@ class BatchNorm:
 
         checks.need_positions(name, others, x.shape, self.axis_name)
         now = passes.moments(x, others, mask=mask)
-        each = jax.tree.map(lambda a: a[None], now)
+        each = None
         if self.axis_name is not None:
             now, each = sync.over_devices(now, self.axis_name, self.axis_index_groups)
         y = self._normalize_batch(x, now, Running(mean, var, state.count), params)
-        return y, running.update_groups(
+        update = running.update if each is None else running.update_groups
+        return y, update(
             state,
-            each,
+            now if each is None else each,
             self.momentum,
             average=self.running_average,
             unbiased=self.unbiased_running_var,

@@ -107,7 +107,7 @@ class GroupNorm:
     ) -> tuple[jax.Array, tuple[()]]:
         """Normalizes `x`; `train` and `key` change nothing. See `BatchNorm.apply` for `mask`."""
         del train, key
-        x, mask = checks.inputs("GroupNorm", x, mask)
+        x, mask = passes.inputs("GroupNorm", x, mask)
         last = x.ndim - 1
         reduced = self.reduction_axes
         if reduced is None:
@@ -227,7 +227,7 @@ class InstanceNorm:
     ) -> tuple[jax.Array, tuple[()]]:
         """Normalizes `x`; `train` and `key` change nothing. See `BatchNorm.apply` for `mask`."""
         del train, key
-        x, mask = checks.inputs("InstanceNorm", x, mask)
+        x, mask = passes.inputs("InstanceNorm", x, mask)
         at = checks.axes("InstanceNorm", "feature_axes", self.feature_axes, x.shape)
         if 0 in at:
             raise ValueError(

@@ -22,7 +22,7 @@ from normjax.core.tracing import traced_once
 
 def _apply(method, params, x, mask, *, centred):
     name = type(method).__name__
-    x, mask = checks.inputs(name, x, mask)
+    x, mask = passes.inputs(name, x, mask)
     reduced = checks.axes(name, "reduction_axes", method.reduction_axes, x.shape)
     at = checks.axes(name, "feature_axes", method.feature_axes, x.shape)
     checks.match(name, "feature_axes", at, x.shape, params)

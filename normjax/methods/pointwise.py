@@ -78,7 +78,7 @@ class Affine:
     ) -> tuple[jax.Array, tuple[()]]:
         """Maps `x`, with masked positions taken as zero; `train` and `key` change nothing."""
         del train, key
-        x, _ = checks.inputs("Affine", x, mask)
+        x, _ = passes.inputs("Affine", x, mask)
         at = checks.axes("Affine", "axis", self.axis, x.shape)
         checks.match("Affine", "axis", at, x.shape, params)
         others = tuple(i for i in range(x.ndim) if i not in at)
@@ -173,7 +173,7 @@ class DynamicTanh:
     ) -> tuple[jax.Array, tuple[()]]:
         """Maps `x`, with masked positions taken as zero; `train` and `key` change nothing."""
         del train, key
-        x, _ = checks.inputs("DynamicTanh", x, mask)
+        x, _ = passes.inputs("DynamicTanh", x, mask)
         at = checks.axes("DynamicTanh", "axis", self.axis, x.shape)
         checks.match("DynamicTanh", "axis", at, x.shape, (params.scale, params.bias))
         others = tuple(i for i in range(x.ndim) if i not in at)
