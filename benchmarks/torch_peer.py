@@ -6,6 +6,9 @@ import time
 from typing import Any
 
 
+REST = 0.025  # seconds
+
+
 class Peer:
     """Starts the process; with no torch installed there is none and `available` is False.
 
@@ -30,9 +33,14 @@ class Peer:
         return self._pipe.recv()
 
     def step(self, repeats: int) -> float:
-        """Seconds per training step, the mean over `repeats` steps in a row."""
+        """Seconds per training step, the mean over `repeats` steps in a row.
+
+        It returns once PyTorch's threads have stopped spinning for work.
+        """
         self._pipe.send(repeats)
-        return self._pipe.recv()
+        seconds = self._pipe.recv()
+        time.sleep(REST)
+        return seconds
 
     def close(self) -> None:
         """Ends the process."""

@@ -139,7 +139,8 @@ def normalize(
     parameters have the rank of `x` and broadcast to it.
     """
     dtype = wide(x.dtype)
-    var, mean, scale, bias = (None if a is None else a.astype(dtype) for a in (var, mean, *params))
+    mean, scale, bias = (None if a is None else a.astype(dtype) for a in (mean, *params))
+    var = var.astype(dtype)
     inverse = lax.rsqrt(var + method.epsilon)
     small = [a.shape for a in (scale, bias) if a is not None]
     shape = jnp.broadcast_shapes(var.shape, *small)
@@ -206,11 +207,7 @@ def _tangent(activation, z, dz):
 
 
 def _cotangent(activation, z, h):
-    if activation is None:
-        return h
-    if activation is jax.nn.relu:  # without the select, which XLA on CPU does not fuse into sums
-        return h * jnp.maximum(jnp.sign(z), 0)
-    return jax.vjp(activation, z)[1](h)[0]
+    return h if activation is None else jax.vjp(activation, z)[1](h)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
