@@ -337,7 +337,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     )
     right.plot([r["lower_bound"] for r in rows], labels, "k|", markersize=9, label="lower bound")
     right.set(xlabel="bytes accessed / bytes of the input")
-    right.legend(loc="lower right", frameon=False)
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.01)

@@ -5,7 +5,6 @@ import multiprocessing
 import time
 from typing import Any
 
-
 REST = 0.025  # seconds
 
 

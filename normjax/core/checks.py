@@ -152,7 +152,8 @@ def _is_int(value):
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def is_number(value):
+def is_number(value: Any) -> bool:
+    """Whether `value` is a Python or NumPy real number; True and False are none."""
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 

@@ -26,7 +26,7 @@ def wide(dtype: Any) -> Any:
 
 
 def widen(x: jax.Array) -> jax.Array:
-    """`x` in at least float32."""
+    """`x` in at least float32; float32 and float64 stay as they are."""
     return x.astype(wide(x.dtype))
 
 
@@ -206,8 +206,15 @@ def _tangent(activation, z, dz):
     return dz if activation is None else jax.jvp(activation, (z,), (dz,))[1]
 
 
-def _cotangent(activation, z, h):
-    return h if activation is None else jax.vjp(activation, z)[1](h)[0]
+def _cotangent(activation, z, h, zero):
+    if activation is None:
+        return h
+    if activation is jax.nn.relu:
+        # Zero or one by operations that XLA on CPU fuses into sums; a select it would write out,
+        # and so it would constants that several passes share: hence each pass its own `zero`.
+        step = jnp.maximum(z, zero) / jnp.maximum(z, zero + 1e-37)
+        return h * lax.stop_gradient(step)
+    return jax.vjp(activation, z)[1](h)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
@@ -226,9 +233,10 @@ def _affine_tangent(activation, dtype, saved, tangents):
 def _affine_transpose(activation, saved, g):
     def inputs(*after):
         """Cotangent before the activation, centred input, gain: for a pass after `after`'s."""
-        h, x, mean, gain, bias, *_ = fence(g, *saved, *after)
+        zero = jnp.zeros_like(saved[2])
+        h, x, mean, gain, bias, zero, *_ = fence(g, *saved, zero, *after)
         centred = widen(x) - mean
-        return _cotangent(activation, centred * gain + bias, widen(h)), centred, gain
+        return _cotangent(activation, centred * gain + bias, widen(h), zero), centred, gain
 
     h, _, gain = inputs()
     total = _total(h, gain)
@@ -268,9 +276,10 @@ def _rows_tangent(activation, dtype, saved, tangents):
 def _rows_transpose(activation, saved, g):
     def inputs(*after):
         """As in `_affine_transpose`, with inverse and scale in place of the gain."""
-        h, x, mean, inverse, scale, bias, *_ = _fence_tree(g, *saved, *after)
+        zero = jnp.zeros_like(saved[2])
+        h, x, mean, inverse, scale, bias, zero, *_ = _fence_tree(g, *saved, zero, *after)
         centred = _centre(x, mean)
-        h = _cotangent(activation, centred * inverse * scale + bias, widen(h))
+        h = _cotangent(activation, centred * inverse * scale + bias, widen(h), zero)
         return h, centred, inverse, scale
 
     h, centred, inverse, scale = inputs()

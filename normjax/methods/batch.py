@@ -172,6 +172,9 @@ class BatchNorm:
 class Ramp:
     """A schedule: `start` until step `begin`, then linear to `stop` at step `end`.
 
+    The form of the clips in Ioffe, *Batch Renormalization*, 2017, section 4.1,
+    https://arxiv.org/abs/1702.03275
+
     Example:
       >>> Ramp(1.0, 3.0, 5000, 40000)(22500)
       2.0

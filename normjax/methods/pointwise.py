@@ -93,6 +93,8 @@ class Affine:
 class DynamicTanhParams(NamedTuple):
     """The slope of the tanh, shared by all features, and scale and bias of the features.
 
+    Zhu et al., *Transformers without Normalization*, 2025, https://arxiv.org/abs/2503.10622
+
     Example:
       >>> import normjax as nj
       >>> params, _ = nj.DynamicTanh(use_bias=False).init(None, 3)
