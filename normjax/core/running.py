@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax.core.linear import place, spec
-from normjax.core.structs import Features, Moments, Running, feature_shape
+from normjax.core.structs import AxisName, Features, Moments, Running, feature_shape
 
 AVERAGES = ("exponential", "debiased", "cumulative")
 
@@ -69,15 +69,27 @@ def update_groups(state: Running, new: Moments, momentum: float, **options) -> R
     """The mean of what `update` makes of each group with a sample, stacked on axis 0 of `new`."""
     each = jax.vmap(lambda m: update(state, m, momentum, **options))(new)
     filled = jnp.any(new.count > 0, axis=tuple(range(1, new.count.ndim)))
-    return average_filled(each, filled)
+    return average_filled(state, each, filled)
 
 
-def average_filled(states: Any, filled: jax.Array) -> Any:
-    """The mean over axis 0 of those states whose part of the batch has a sample, or of all."""
-    weight = jnp.where(jnp.any(filled), filled, True)
+def average_filled(old: Any, new: Any, filled: jax.Array, axis_name: AxisName = None) -> Any:
+    """The mean of the states `new`, stacked on axis 0, of the parts of a batch that have a sample.
 
-    def average(a):
-        share = weight.reshape(-1, *(1,) * (a.ndim - 1)).astype(a.dtype)
-        return (a * share).sum(0) / share.sum(0)
+    Args:
+      old: the state from which all parts started; it is returned if no part has a sample.
+      new: what each part made of it.
+      filled: bool[parts], whether a part has a sample.
+      axis_name: mapped axis over which the parts are divided further.
+    """
 
-    return jax.tree.map(average, states)
+    def total(a):
+        weight = jnp.expand_dims(filled, tuple(range(1, a.ndim))).astype(a.dtype)
+        return jnp.sum(a * weight, 0)
+
+    if not jax.tree.leaves(new):
+        return new
+    sums = jax.tree.map(total, new), jnp.sum(filled.astype(jnp.float32))
+    sums, number = sums if axis_name is None else lax.psum(sums, axis_name)
+    return jax.tree.map(
+        lambda a, b: jnp.where(number > 0, b / jnp.maximum(number, 1).astype(b.dtype), a), old, sums
+    )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax.core import checks, groups, running
-from normjax.core.linear import place, spec
+from normjax.core.linear import align, place, spec
 from normjax.core.structs import Axes, Features, Key
 
 
@@ -113,10 +113,8 @@ class Ghost:
         if x.ndim == 0 or x.shape[0] % here:
             raise ValueError(f"Ghost: {here} groups do not divide a batch of shape {x.shape}.")
         mask = checks.mask("Ghost", mask, x.shape)
-        filled = jnp.ones(here, bool)
         if mask is not None:
             mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:]))
-            filled = jnp.any(mask.reshape(here, -1), axis=1)
         batch = spec(x)[0]
         mask, inputs = jax.tree.map(
             lambda a: place(a, (batch, *spec(a)[1:]), like=x), (mask, inputs)
@@ -129,9 +127,10 @@ class Ghost:
             return method.apply(params, state, x, train=True, mask=mask, key=key, **inputs)
 
         y, new = jax.vmap(run)(parts, keys)
-        new = running.average_filled(new, filled)
-        if devices > 1 and jax.tree.leaves(new):
-            new = lax.pmean(new, axis_name)
+        filled = jnp.ones(here, bool) if mask is None else jnp.any(parts[1], range(1, x.ndim + 1))
+        filled, _ = align(filled, x)
+        name = axis_name if devices > 1 else None
+        new = running.average_filled(state, new, filled, name)
         return jax.tree.map(lambda a: groups.join(a, 0, like=x), y), new
 
 
