@@ -18,11 +18,14 @@ linear_p = Primitive("normjax_linear")
 linear_p.multiple_results = True
 
 
-def linear(fun: Callable, transpose: Callable, saved: Any, operands: Any) -> Any:
+def linear(
+    fun: Callable, transpose: Callable, saved: Any, operands: Any, program: Any = None
+) -> Any:
     """`fun(saved, operands)`, linear in `operands`.
 
     `transpose(saved, cotangents)` returns the cotangents of the operands, in their structure. Both
-    functions close over static values only: every array goes through `saved`.
+    functions close over static values only: every array goes through `saved`. `program` is a jaxpr
+    with those primitives of `fun` for which JAX searches a program before it lowers it.
     """
     leaves, tree = jax.tree.flatten((saved, operands))
     kept = jax.tree.structure(saved).num_leaves
@@ -35,7 +38,8 @@ def linear(fun: Callable, transpose: Callable, saved: Any, operands: Any) -> Any
         saved = jax.tree.unflatten(tree, [*saved, *(None,) * (len(leaves) - kept)])[0]
         return jax.tree.leaves(transpose(saved, jax.tree.unflatten(out, cotangents)))
 
-    result = linear_p.bind(*align(*leaves), fun=flat, transpose=flat_transpose, kept=kept)
+    how = dict(fun=flat, transpose=flat_transpose, kept=kept, program=program)
+    result = linear_p.bind(*align(*leaves), **how)
     return jax.tree.unflatten(out, result)
 
 
@@ -70,12 +74,12 @@ def _kind(a):
     return a.aval if ad.is_undefined_primal(a) else jax.typeof(a)
 
 
-def _plain(*leaves, fun, transpose, kept):
+def _plain(*leaves, fun, **_):
     return fun(*leaves)
 
 
-def _jvp(primals, tangents, *, fun, transpose, kept):
-    how = dict(fun=fun, transpose=transpose, kept=kept)
+def _jvp(primals, tangents, *, fun, kept, **how):
+    how = dict(fun=fun, kept=kept, **how)
     out = linear_p.bind(*primals, **how)
     fixed = all(isinstance(t, ad.Zero) for t in tangents[:kept])
     tangents = [ad.instantiate_zeros(t) for t in tangents]
@@ -84,7 +88,7 @@ def _jvp(primals, tangents, *, fun, transpose, kept):
     return out, jax.jvp(fun, tuple(primals), tuple(tangents))[1]
 
 
-def _transpose(cotangents, *leaves, fun, transpose, kept):
+def _transpose(cotangents, *leaves, transpose, kept, **_):
     cotangents = [ad.instantiate_zeros(c) for c in cotangents]
     operands = zip(transpose(leaves[:kept], cotangents), leaves[kept:], strict=True)
     return [None] * kept + [
@@ -92,7 +96,7 @@ def _transpose(cotangents, *leaves, fun, transpose, kept):
     ]
 
 
-def _batch(leaves, dims, *, fun, transpose, kept):
+def _batch(leaves, dims, *, fun, transpose, kept, program):
     mapped = [(a, d) for a, d in zip(leaves, dims, strict=True) if d is not None]
     like, at = next(((a, d) for a, d in mapped if spec(a)[d] is not None), mapped[0])
     size, part = like.shape[at], spec(like)[at]
@@ -109,6 +113,7 @@ def _batch(leaves, dims, *, fun, transpose, kept):
         fun=jax.vmap(fun, in_axes=axes + (0,) * len(operands)),
         transpose=jax.vmap(transpose, in_axes=(axes, 0)),
         kept=kept,
+        program=program,
     )
     return out, [0] * len(out)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax.core import checks, groups
+from normjax.core.activation import activate, activation_cotangent, activation_tangent
 from normjax.core.linear import align, fence, linear
 from normjax.core.structs import AffineParams, Moments
 
@@ -37,19 +38,20 @@ def inputs(name: str, x: Any, mask: Any) -> tuple[jax.Array, jax.Array | None]:
     return (x if mask is None else _drop(x, mask)), mask
 
 
-def _keep(mask, x):
+def keep(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` where `mask`, else zero; linear in `x` and its own transpose."""
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
 @jax.custom_jvp
 def _drop(x, mask):
-    return _keep(mask, x)
+    return keep(mask, x)
 
 
 @_drop.defjvp
 def _(primals, tangents):
     x, mask = primals
-    return _drop(x, mask), linear(_keep, _keep, mask, tangents[0])
+    return _drop(x, mask), linear(keep, keep, mask, tangents[0])
 
 
 def moments(
@@ -89,7 +91,7 @@ def _pool(a, channel_groups):
 
 def _average(a, mask, n, how):
     axes, _, channel_groups = how
-    total = jnp.sum(a if mask is None else _keep(mask, a), axes, keepdims=True)
+    total = jnp.sum(a if mask is None else keep(mask, a), axes, keepdims=True)
     return _pool(total, channel_groups) / n
 
 
@@ -118,7 +120,7 @@ def _mean_var_transpose(how, saved, cotangents):
     x, mean, shift, slope = fence(x, mean, shift, 2 * slope)
     dx = (widen(x) - mean) * slope
     dx = dx + shift if centred else dx
-    return (dx if mask is None else _keep(mask, dx)).astype(x.dtype)
+    return (dx if mask is None else keep(mask, dx)).astype(x.dtype)
 
 
 @_mean_var.defjvp
@@ -150,7 +152,7 @@ def normalize(
     smaller = jnp.broadcast_shapes(*small)
     scale = jnp.ones(smaller, dtype) if scale is None else scale
     bias = jnp.zeros(smaller, dtype) if bias is None else bias
-    how = method.activation, _output_dtype(method.dtype, x)
+    how = method.activation, output_dtype(method.dtype, x)
     return _rows(x, mean, inverse, scale, bias, *how)
 
 
@@ -170,7 +172,7 @@ def affine(
     mean, bias = (jnp.zeros_like(gain) if a is None else a for a in (mean, bias))
     mean, gain, bias = (a.astype(wide(x.dtype)) for a in (mean, gain, bias))
     zero = jnp.zeros_like(mean) + jnp.zeros_like(gain) + jnp.zeros_like(bias)
-    how = activation, _output_dtype(dtype, x)
+    how = activation, output_dtype(dtype, x)
     return _affine(x, mean + zero, gain + zero, bias + zero, *how)
 
 
@@ -184,50 +186,27 @@ def _reduced(small, x):
     return tuple(i for i, n in enumerate(small.shape) if n != x.shape[i])
 
 
-def _total(a, small):
+def total_over(a: jax.Array, small: jax.Array) -> jax.Array:
     """Sum over the axes that `small` lacks; fenced, or XLA would make a pass for a sum of sums."""
     return fence(jnp.sum(a, _reduced(small, a), keepdims=True))[0]
 
 
-def _output_dtype(dtype, x):
+def output_dtype(dtype: Any, x: jax.Array) -> Any:
+    """The dtype of the output for an input `x`, where `dtype` is None or what a user asked for."""
     return x.dtype if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
-
-
-def _activate(activation, z):
-    if activation is None:
-        return z
-    y = activation(z)
-    if y.shape != z.shape:
-        raise ValueError(f"activation={activation!r} makes shape {y.shape} of shape {z.shape}.")
-    return y
-
-
-def _tangent(activation, z, dz):
-    return dz if activation is None else jax.jvp(activation, (z,), (dz,))[1]
-
-
-def _cotangent(activation, z, h, zero):
-    if activation is None:
-        return h
-    if activation is jax.nn.relu:
-        # Zero or one by operations that XLA on CPU fuses into sums; a select it would write out,
-        # and so it would constants that several passes share: hence each pass its own `zero`.
-        step = jnp.maximum(z, zero) / jnp.maximum(z, zero + 1e-37)
-        return h * lax.stop_gradient(step)
-    return jax.vjp(activation, z)[1](h)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _affine(x, mean, gain, bias, activation, dtype):
     x, mean, gain, bias = fence(x, mean, gain, bias)
-    return _activate(activation, (widen(x) - mean) * gain + bias).astype(dtype)
+    return activate(activation, (widen(x) - mean) * gain + bias).astype(dtype)
 
 
 def _affine_tangent(activation, dtype, saved, tangents):
     (x, mean, gain, bias), (dx, dmean, dgain, dbias) = saved, tangents
     centred = widen(x) - mean
     dz = (widen(dx) - dmean) * gain + centred * dgain + dbias
-    return _tangent(activation, centred * gain + bias, dz).astype(dtype)
+    return activation_tangent(activation, centred * gain + bias, dz).astype(dtype)
 
 
 def _affine_transpose(activation, saved, g):
@@ -236,12 +215,13 @@ def _affine_transpose(activation, saved, g):
         zero = jnp.zeros_like(saved[2])
         h, x, mean, gain, bias, zero, *_ = fence(g, *saved, zero, *after)
         centred = widen(x) - mean
-        return _cotangent(activation, centred * gain + bias, widen(h), zero), centred, gain
+        h = activation_cotangent(activation, centred * gain + bias, widen(h), zero)
+        return h, centred, gain
 
     h, _, gain = inputs()
-    total = _total(h, gain)
+    total = total_over(h, gain)
     h, centred, _ = inputs(total)
-    slope = _total(h * centred, gain)
+    slope = total_over(h * centred, gain)
     h, _, gain = inputs(slope)
     return (h * gain).astype(saved[0].dtype), -total * saved[2], slope, total
 
@@ -261,7 +241,7 @@ def _centre(x, mean):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _rows(x, mean, inverse, scale, bias, activation, dtype):
     x, mean, inverse, scale, bias = _fence_tree(x, mean, inverse, scale, bias)
-    return _activate(activation, _centre(x, mean) * inverse * scale + bias).astype(dtype)
+    return activate(activation, _centre(x, mean) * inverse * scale + bias).astype(dtype)
 
 
 def _rows_tangent(activation, dtype, saved, tangents):
@@ -270,7 +250,7 @@ def _rows_tangent(activation, dtype, saved, tangents):
     centred = _centre(x, mean)
     dz = (_centre(dx, dmean) * inverse + centred * dinverse) * scale
     dz = dz + centred * inverse * dscale + dbias
-    return _tangent(activation, centred * inverse * scale + bias, dz).astype(dtype)
+    return activation_tangent(activation, centred * inverse * scale + bias, dz).astype(dtype)
 
 
 def _rows_transpose(activation, saved, g):
@@ -279,21 +259,21 @@ def _rows_transpose(activation, saved, g):
         zero = jnp.zeros_like(saved[2])
         h, x, mean, inverse, scale, bias, zero, *_ = _fence_tree(g, *saved, zero, *after)
         centred = _centre(x, mean)
-        h = _cotangent(activation, centred * inverse * scale + bias, widen(h), zero)
+        h = activation_cotangent(activation, centred * inverse * scale + bias, widen(h), zero)
         return h, centred, inverse, scale
 
     h, centred, inverse, scale = inputs()
-    slope = _total(h * scale * centred, inverse)
+    slope = total_over(h * scale * centred, inverse)
     h, centred, inverse, scale = inputs(slope)
-    dscale = _total(h * (centred * inverse), scale)
+    dscale = total_over(h * (centred * inverse), scale)
     h, _, _, scale = inputs(dscale)
-    dbias = _total(h, scale)
+    dbias = total_over(h, scale)
     h, _, inverse, scale = inputs(dbias)
     dx = (h * inverse * scale).astype(saved[0].dtype)
     if saved[1] is None:
         return dx, None, slope, dscale, dbias
     h, _, inverse, scale = inputs(dbias, slope)
-    return dx, -_total(h * scale, inverse) * saved[2], slope, dscale, dbias
+    return dx, -total_over(h * scale, inverse) * saved[2], slope, dscale, dbias
 
 
 @_rows.defjvp

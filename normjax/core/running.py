@@ -10,8 +10,6 @@ from jax import lax
 from normjax.core.linear import place, spec
 from normjax.core.structs import AxisName, Features, Moments, Running, feature_shape
 
-AVERAGES = ("exponential", "debiased", "cumulative")
-
 
 def init(features: Features, *, counted: bool = False) -> Running:
     """Mean zero, variance one, no updates so far."""

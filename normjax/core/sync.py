@@ -60,7 +60,7 @@ def gather(part: Moments, axis_name: AxisName) -> Moments:
     """Every device's moments stacked on axis 0, by one psum, hence replicated for shard_map."""
     index, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
     message = jnp.stack(jnp.broadcast_arrays(*part))
-    here = (jnp.arange(devices) == index).reshape(-1, *(1,) * message.ndim)
+    here = (jnp.arange(devices, dtype=index.dtype) == index).reshape(-1, *(1,) * message.ndim)
     stacked = lax.psum(jnp.where(here, message, 0), axis_name)
     return Moments(stacked[:, 0], stacked[:, 1], stacked[:, 2])
 
