@@ -21,6 +21,9 @@ from normjax.methods.layer import RMSNorm as RMSNorm
 from normjax.methods.pointwise import Affine as Affine
 from normjax.methods.pointwise import DynamicTanh as DynamicTanh
 from normjax.methods.pointwise import DynamicTanhParams as DynamicTanhParams
+from normjax.methods.presets import SpatialSpectralBatchNorm as SpatialSpectralBatchNorm
+from normjax.methods.spectral import SpectralBatchNorm as SpectralBatchNorm
+from normjax.methods.spectral import SpectralRunning as SpectralRunning
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,5 +42,8 @@ __all__ = [
     "RMSNorm",
     "Ramp",
     "Running",
+    "SpatialSpectralBatchNorm",
+    "SpectralBatchNorm",
+    "SpectralRunning",
     "chain",
 ]

@@ -149,6 +149,8 @@ Affine = _module(normjax.Affine)
 DynamicTanh = _module(normjax.DynamicTanh)
 Ghost = _module(normjax.Ghost)
 Chain = _module(normjax.Chain)
+SpectralBatchNorm = _module(normjax.SpectralBatchNorm)
+SpatialSpectralBatchNorm = _module(normjax.SpatialSpectralBatchNorm)
 
 __all__ = [
     "Affine",
@@ -162,4 +164,6 @@ __all__ = [
     "LayerNorm",
     "Norm",
     "RMSNorm",
+    "SpatialSpectralBatchNorm",
+    "SpectralBatchNorm",
 ]

@@ -254,6 +254,8 @@ Affine = _module(normjax.Affine)
 DynamicTanh = _module(normjax.DynamicTanh)
 Ghost = _module(normjax.Ghost)
 Chain = _module(normjax.Chain)
+SpectralBatchNorm = _module(normjax.SpectralBatchNorm)
+SpatialSpectralBatchNorm = _module(normjax.SpatialSpectralBatchNorm)
 
 __all__ = [
     "Affine",
@@ -267,4 +269,6 @@ __all__ = [
     "LayerNorm",
     "Norm",
     "RMSNorm",
+    "SpatialSpectralBatchNorm",
+    "SpectralBatchNorm",
 ]

@@ -344,6 +344,116 @@ class RMSNorm(Norm):
         promote_dtype: Any = ...,
     ) -> None: ...
 
+class SpatialSpectralBatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    momentum: float
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    statistics: Literal["channel", "frequency", "ring"]
+    spectrum: Literal["full", "half"]
+    fft_norm: Literal["ortho", "backward", "forward", "full"]
+    spatial_axes: int | tuple[int, ...] | None
+    map_size: tuple[int, ...] | None
+    bands: int
+    route: Literal["auto", "spatial", "matmul", "fft"]
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        momentum: float = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        statistics: Literal["channel", "frequency", "ring"] = ...,
+        spectrum: Literal["full", "half"] = ...,
+        fft_norm: Literal["ortho", "backward", "forward", "full"] = ...,
+        spatial_axes: int | tuple[int, ...] | None = ...,
+        map_size: tuple[int, ...] | None = ...,
+        bands: int = ...,
+        route: Literal["auto", "spatial", "matmul", "fft"] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class SpectralBatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    momentum: float
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    statistics: Literal["channel", "frequency", "ring"]
+    spectrum: Literal["full", "half"]
+    fft_norm: Literal["ortho", "backward", "forward", "full"]
+    spatial_axes: int | tuple[int, ...] | None
+    map_size: tuple[int, ...] | None
+    bands: int
+    route: Literal["auto", "spatial", "matmul", "fft"]
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        momentum: float = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        statistics: Literal["channel", "frequency", "ring"] = ...,
+        spectrum: Literal["full", "half"] = ...,
+        fft_norm: Literal["ortho", "backward", "forward", "full"] = ...,
+        spatial_axes: int | tuple[int, ...] | None = ...,
+        map_size: tuple[int, ...] | None = ...,
+        bands: int = ...,
+        route: Literal["auto", "spatial", "matmul", "fft"] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 __all__ = [
     "Affine",
     "BatchNorm",
@@ -356,4 +466,6 @@ __all__ = [
     "LayerNorm",
     "Norm",
     "RMSNorm",
+    "SpatialSpectralBatchNorm",
+    "SpectralBatchNorm",
 ]

@@ -18,7 +18,7 @@ import numpy as np
 from jax import export, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from normjax.core import checks, passes
+from normjax.core import checks, passes, spectra
 from normjax.core.structs import to_dict
 
 __all__ = [
@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 AXIS = "batch"
+PASSES = {
+    passes: ("_mean_var", "_affine", "_rows"),
+    spectra: ("_spatial_moments", "_spatial_affine"),
+}
 EXACT = dict(rtol=1e-10, atol=1e-10)
 
 
@@ -44,6 +48,9 @@ class Subject:
       residual_bytes: how many bytes per byte of input reverse mode may keep; None: any number.
       drops_rows: whether a mask of samples gives exactly what dropping them gives.
       roundings: how often half precision rounds on the way to the output.
+      collectives: how many collectives the forward pass may need; the backward pass as many more.
+      masks_positions: whether a mask may hide single positions of a sample.
+      fits_positions: whether the method fits any number of positions, not those of `shape` only.
 
     Example:
       >>> import normjax as nj
@@ -56,6 +63,9 @@ class Subject:
     residual_bytes: float | None = 1.1
     drops_rows: bool = True
     roundings: int = 1
+    collectives: int = 1
+    masks_positions: bool = True
+    fits_positions: bool = True
 
     @property
     def features(self) -> int | tuple[int, ...]:
@@ -104,6 +114,9 @@ def check_method(
     residual_bytes: float | None = 1.1,
     drops_rows: bool = True,
     roundings: int = 1,
+    collectives: int = 1,
+    masks_positions: bool = True,
+    fits_positions: bool = True,
     only: Iterable[str] | None = None,
     skip: Iterable[str] = (),
 ) -> list[str]:
@@ -121,6 +134,10 @@ def check_method(
       drops_rows: whether a mask of samples must give exactly what dropping them gives.
       roundings: how often half precision may round on the way to the output (a chain: once per
         method).
+      collectives: how many collectives the forward pass may need (a chain: one per method), and
+        the backward pass as many more.
+      masks_positions: whether a mask may hide single positions of a sample.
+      fits_positions: whether the method fits any number of positions, not those of `shape` only.
       only: names of the checks to run, of `CHECKS`; None: all.
       skip: names of checks not to run.
 
@@ -141,7 +158,16 @@ def check_method(
         if name not in CHECKS:
             raise ValueError(f"check_method: {name!r} is not one of {', '.join(CHECKS)}.")
     chosen = [name for name in chosen if name not in set(skip)]
-    subject = Subject(method, shape, residual_bytes, drops_rows, roundings)
+    subject = Subject(
+        method,
+        shape,
+        residual_bytes,
+        drops_rows,
+        roundings,
+        collectives,
+        masks_positions,
+        fits_positions,
+    )
     for name in chosen:
         CHECKS[name](subject)
     return chosen
@@ -160,9 +186,10 @@ def plain_derivatives():
       (2, 3)
     """
     with contextlib.ExitStack() as stack:
-        for name in ("_mean_var", "_affine", "_rows"):
-            plain = getattr(passes, name).__wrapped__
-            stack.enter_context(mock.patch.object(passes, name, plain))
+        for module, names in PASSES.items():
+            for name in names:
+                plain = getattr(module, name).__wrapped__
+                stack.enter_context(mock.patch.object(module, name, plain))
         stack.callback(jax.clear_caches)
         jax.clear_caches()
         yield
@@ -272,7 +299,8 @@ def _masks(subject: Subject) -> None:
             chex.assert_trees_all_close(clean[1][1][rows], dx, **EXACT)
             weight = subject.inputs(jnp.float64, seed=4)
 
-        everywhere = jax.random.bernoulli(jax.random.key(6), 0.6, subject.shape)
+        scattered = subject.shape if subject.masks_positions else mask.shape
+        everywhere = jax.random.bernoulli(jax.random.key(6), 0.6, scattered)
         chex.assert_tree_all_finite(
             gradients(params, jnp.where(everywhere, x, jnp.nan), everywhere)
         )
@@ -550,7 +578,7 @@ def _mapped(subject):
 
 
 def _collectives(subject: Subject) -> None:
-    """Under a named axis at most one collective forward and one backward."""
+    """Under a named axis at most `collectives` forward and as many more backward."""
     method = with_axis_name(subject.method, AXIS)
     params, state = subject.variables()
     x = subject.inputs()
@@ -569,7 +597,8 @@ def _collectives(subject: Subject) -> None:
 
         return jax.grad(loss, has_aux=True)(x)
 
-    for function, limit in ((forward, 1), (backward, 2)):
+    allowed = subject.collectives
+    for function, limit in ((forward, allowed), (backward, 2 * allowed)):
         mapped = jax.shard_map(
             function, mesh=mesh, in_specs=(whole, whole, rows), out_specs=(rows, whole)
         )
@@ -582,7 +611,8 @@ def _memory(subject: Subject) -> None:
     if subject.residual_bytes is None:
         return
     at = {i % len(subject.shape) for i in np.atleast_1d(checks.feature_axes(subject.method))}
-    factor = [32 if i in at else 8 if i else 1 for i in range(len(subject.shape))]
+    batch, positions = (1, 8) if subject.fits_positions else (32, 1)
+    factor = [32 if i in at else positions if i else batch for i in range(len(subject.shape))]
     larger = dataclasses.replace(subject, shape=tuple(np.multiply(subject.shape, factor).tolist()))
     params, state = larger.variables()
     small = sum(a.nbytes for a in jax.tree.leaves((params, state)))

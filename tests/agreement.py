@@ -1,5 +1,6 @@
 """Compares normjax's methods with the reference vectors and the float64 oracles."""
 
+import dataclasses
 import functools
 
 import chex
@@ -22,6 +23,7 @@ STATISTICS = (
     nj.RMSNorm,
     nj.GroupNorm,
     nj.InstanceNorm,
+    nj.SpectralBatchNorm,
 )  # and subclasses
 
 
@@ -68,34 +70,45 @@ def run(method, params, state, x, *, train=True, mask=None, cotangent=None):
     return y, new, pull(cotangent)
 
 
-def check_vectors(name):
-    """Three training steps, the gradients of the first and an evaluation, all as recorded."""
+def replaced(tree, fields):
+    """A tuple with `fields` in place of its own, or a dict of tuples with a dict of fields each."""
+    if isinstance(tree, dict):
+        return {name: replaced(part, fields[name]) for name, part in tree.items()}
+    return tree._replace(**{name: jnp.asarray(a) for name, a in fields.items()})
+
+
+def check_vectors(name, **changes):
+    """Three training steps, the gradients of the first and an evaluation, all as recorded.
+
+    The method is the recorded one with `changes` to its fields.
+    """
     config, arrays = vector_files.load(name)
-    method, tolerance = vector_files.method(name), TOLERANCE["float64"]
-    tracked = "state_0_mean" in arrays
-    with jax.enable_x64(True):
+    dtype = vector_files.dtype(name)
+    method, tolerance = dataclasses.replace(vector_files.method(name), **changes), TOLERANCE[dtype]
+    given, tracked = (vector_files.fields(name, prefix) for prefix in ("param_", "state_0_"))
+    with jax.enable_x64(dtype == "float64"):
         features = np.shape(arrays.get("param_scale", np.empty(arrays["x_1"].shape[-1])))
         params, state = method.init(jax.random.key(0), features)
-        given = {k: jnp.asarray(v) for k, v in arrays.items()}
-        names = [k for k in ("scale", "bias") if f"param_{k}" in arrays]
-        params = params._replace(**{k: given[f"param_{k}"] for k in names})
+        params = replaced(params, given)
         if tracked:
-            state = jax.tree.map(lambda a: a.astype("float64"), state)
-            state = state._replace(mean=given["state_0_mean"], var=given["state_0_var"])
+            state = replaced(jax.tree.map(lambda a: a.astype(dtype), state), tracked)
 
         for k in (1, 2, 3):
-            x, cotangent = given[f"x_{k}"], given["cotangent"]
+            x, cotangent = (jnp.asarray(arrays[key]) for key in (f"x_{k}", "cotangent"))
             y, state, (dparams, dx) = run(method, params, state, x, cotangent=cotangent)
             close(y, arrays[f"y_{k}"], tolerance)
             if tracked:
-                close(state.mean, arrays[f"state_{k}_mean"], tolerance)
-                close(state.var, arrays[f"state_{k}_var"], tolerance)
+                recorded = vector_files.fields(name, f"state_{k}_")
+                chex.assert_trees_all_equal_structs(recorded, tracked)
+                close(state, replaced(state, recorded), tolerance)
             if k == 1:
                 if not config.get("stop_stats_grad"):
                     close(dx, arrays["grad_x"], tolerance)
-                for part in names:
-                    close(getattr(dparams, part), arrays[f"grad_{part}"], tolerance)
-        y, _, _ = run(method, params, state, given["x_eval"], train=not tracked)
+                recorded = vector_files.fields(name, "grad_")
+                recorded.pop("x", None)
+                chex.assert_trees_all_equal_structs(recorded, given)
+                close(dparams, replaced(dparams, recorded), tolerance)
+        y, _, _ = run(method, params, state, jnp.asarray(arrays["x_eval"]), train=not tracked)
         close(y, arrays["y_eval"], tolerance)
 
 
@@ -123,18 +136,31 @@ def check_oracle(method, features, x, *, mask=None, train=True, count=3.0, dtype
         core = getattr(method, "method", method)
         if isinstance(core, STATISTICS) and core.activation is None:
             expected = reference.gradients(method, params, state, x, g, mask=mask)
-            actual = (dx, dparams.scale, getattr(dparams, "bias", None))
-            for ours, theirs in zip(actual, expected, strict=True):
+            actual = (dx, *(field(dparams, name) for name in ("scale", "bias")))
+            leaves = functools.partial(jax.tree.leaves, is_leaf=lambda a: a is None)
+            for ours, theirs in zip(leaves(actual), leaves(expected), strict=True):
                 if ours is not None:
                     close(ours, theirs.astype(dtype), tolerance)
 
 
-def check_case(make, case, kind):
-    """`check_oracle` of `make(**fields)` for a case of fields, shape and features."""
+def field(tree, name):
+    """A field of a tuple, or None; of a dict of tuples a dict of theirs."""
+    if isinstance(tree, dict):
+        return {link: field(part, name) for link, part in tree.items()}
+    return getattr(tree, name, None)
+
+
+def check_case(make, case, kind, *, train=True):
+    """`check_oracle` of `make(**fields)` for a case of fields, shape and features.
+
+    A field `mask` is the shape of the mask; without it the mask hides single positions.
+    """
     fields, (dtype, masked) = dict(case), kind
     shape, features = fields.pop("shape"), fields.pop("features")
-    mask = ragged(1, *shape) if masked else None
-    check_oracle(make(**fields), features, draw(0, *shape), mask=mask, dtype=dtype)
+    mask = fields.pop("mask", shape)
+    mask = ragged(1, *mask) if masked else None
+    method, x = make(**fields), draw(0, *shape)
+    check_oracle(method, features, x, mask=mask, train=train, dtype=dtype)
 
 
 def check_offset(method, shape, axes):

@@ -5,6 +5,7 @@ import jax
 import normjax as nj
 from normjax.testing import Subject
 
+MAPS = {"masks_positions": False}
 CASES = {
     "BatchNorm": Subject(nj.BatchNorm(momentum=0.9), (16, 3, 3, 4)),
     "BatchNorm, features": Subject(nj.BatchNorm(), (16, 5)),
@@ -38,6 +39,46 @@ CASES = {
     "Ghost, 8 groups": Subject(nj.Ghost(nj.BatchNorm(), groups=8), (16, 6, 4), drops_rows=False),
     "Ghost, renorm": Subject(
         nj.Ghost(nj.BatchRenorm(r_max=2.0, d_max=1.0), groups=2), (16, 6, 4), drops_rows=False
+    ),
+    "SpectralBatchNorm": Subject(nj.SpectralBatchNorm(), (16, 3, 4, 4), **MAPS),
+    "SpectralBatchNorm, half, public scaling": Subject(
+        nj.SpectralBatchNorm(spectrum="half", fft_norm="full", unbiased_running_var=True),
+        (16, 3, 4, 4),
+        residual_bytes=1.2,
+        **MAPS,
+    ),
+    "SpectralBatchNorm, volumes, channels first": Subject(
+        nj.SpectralBatchNorm(axis=1, fft_norm="forward"), (8, 4, 2, 1, 3), **MAPS
+    ),
+    "SpectralBatchNorm, frames, relu inside": Subject(
+        nj.SpectralBatchNorm(spatial_axes=(2, 3), activation=jax.nn.relu), (8, 2, 3, 4, 4), **MAPS
+    ),
+    "SpectralBatchNorm, sequences, fft": Subject(
+        nj.SpectralBatchNorm(route="fft", spectrum="half", fft_norm="backward"),
+        (16, 5, 4),
+        residual_bytes=1.4,
+        **MAPS,
+    ),
+    "SpectralBatchNorm, frequency": Subject(
+        nj.SpectralBatchNorm(statistics="frequency", map_size=(3, 8)),
+        (16, 3, 8, 4),
+        residual_bytes=1.4,
+        fits_positions=False,
+        **MAPS,
+    ),
+    "SpectralBatchNorm, ring": Subject(
+        nj.SpectralBatchNorm(statistics="ring", bands=3),
+        (32, 5, 4, 4),
+        residual_bytes=1.5,
+        **MAPS,
+    ),
+    "SpectralBatchNorm, behind BatchNorm": Subject(
+        nj.SpatialSpectralBatchNorm(),
+        (16, 3, 4, 4),
+        residual_bytes=2.1,
+        roundings=2,
+        collectives=2,
+        **MAPS,
     ),
     "chain": Subject(
         nj.chain(nj.LayerNorm(use_scale=False), nj.BatchNorm(use_bias=False), nj.Affine()),

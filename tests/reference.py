@@ -5,9 +5,12 @@
 its fields, so that any object with those fields will do.
 
 Masks: statistics are over the valid positions, count 0 gives mean 0 and variance 0, and the output
-formula sees x = 0 at the masked positions.
+formula sees x = 0 at the masked positions. Masks of spectra hide whole samples.
 """
 
+import math
+import types
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +28,13 @@ class Running(NamedTuple):
     count: np.ndarray | None = None
 
 
+class SpectralRunning(NamedTuple):
+    mean_real: np.ndarray
+    mean_imag: np.ndarray
+    var: np.ndarray
+    count: np.ndarray | None = None
+
+
 def apply(method, params, state, x, *, train, mask=None):
     """Output and new state, both in float64."""
     x, mask = _prepare(x, mask)
@@ -32,9 +42,16 @@ def apply(method, params, state, x, *, train, mask=None):
 
 
 def gradients(method, params, state, x, cotangent, *, mask=None):
-    """Gradients of `sum(y * cotangent)` in training with respect to x, scale and bias."""
+    """Gradients of `sum(y * cotangent)` in training with respect to x, scale and bias.
+
+    Those with respect to the scales and the biases of a chain are dicts by method.
+    """
     x, mask = _prepare(x, mask)
     g = _f64(cotangent)
+    if type(method).__name__ in ("Chain", "SpatialSpectralBatchNorm"):
+        return _chain_gradients(method, params, state, x, g, mask)
+    if type(method).__name__ == "SpectralBatchNorm":
+        return _spectral_gradients(method, params, x, g, mask)
     if type(method).__name__ == "Ghost":
         parts = [
             gradients(method.method, params, state, part, part_g, mask=part_mask)
@@ -121,6 +138,10 @@ def _finish(method, params, y, leaf):
     for name, combine in (("scale", np.multiply), ("bias", np.add)):
         value = getattr(params, name, None)
         y = y if value is None else combine(y, _f64(value, leaf))
+    return _activate(method, y)
+
+
+def _activate(method, y):
     activation = getattr(method, "activation", None)
     return y if activation is None else _f64(activation(y))
 
@@ -139,7 +160,7 @@ def _batch_norm(method, params, state, x, mask, train):
     if train:
         count, mean, var = _moments(method, x, mask, axes)
         r, d = _correction(method, state, mean, var)
-        state = _update(method, state, count, mean, var)
+        state = _update(method, state, count, count, mean=mean, var=var)
     y = (np.where(mask, x, 0) - mean) / np.sqrt(var + method.epsilon) * r + d
     return _finish(method, params, y, leaf), state
 
@@ -158,15 +179,15 @@ def _correction(method, state, mean, var):
     return r, np.clip((mean - old_mean) / old_sigma, -d_max, d_max)
 
 
-def _update(method, state, count, mean, var):
+def _update(method, state, count, size, **moments):
     """Running averages; a channel without valid positions keeps its own.
 
-    `count` is the number of updates.
+    `state.count` is the number of updates. The unbiased variance is that of `size` values.
     """
-    if method.skip_nonfinite and not (np.isfinite(mean).all() and np.isfinite(var).all()):
+    if method.skip_nonfinite and not all(np.isfinite(a).all() for a in moments.values()):
         return state
     if method.unbiased_running_var:
-        var = var * count / np.maximum(count - 1, 1)
+        moments["var"] = moments["var"] * size / np.maximum(size - 1, 1)
     m, done = method.momentum, None if state.count is None else float(state.count)
     if method.running_average == "exponential":
         old, new = m, 1 - m
@@ -182,7 +203,151 @@ def _update(method, state, count, mean, var):
         return np.where(count.reshape(running.shape) > 0, moved, running)
 
     advanced = None if done is None else done + float((count > 0).any())
-    return state._replace(mean=blend(state.mean, mean), var=blend(state.var, var), count=advanced)
+    moved = {name: blend(getattr(state, name), batch) for name, batch in moments.items()}
+    return state._replace(**moved, count=advanced)
+
+
+# Spectral batch normalization works on maps [samples, *positions, features] and on spectra
+# [samples, frequencies, features]: of the whole plane, or of the half plane that `rfftn` stores.
+# Each frequency belongs to a group, whose frequencies share statistics [groups, features].
+
+
+def _spectral_batch_norm(method, params, state, x, mask, train):
+    maps, valid, restore = _maps(method, x, mask)
+    sizes, features = maps.shape[1:-1], maps.shape[-1]
+    scale, bias = _spectral_affine(params, features)
+    if train:
+        count, mean, var = _spectral_moments(method, maps, valid)
+        size = features * len(_groups(method, sizes, _plane(method)))
+        moments = {"mean_real": mean.real, "mean_imag": mean.imag, "var": var}
+        state = _update(method, state, count, size, **moments)
+    else:
+        real = method.statistics != "frequency" and method.spectrum == "full"
+        mean = _f64(state.mean_real) + 1j * _f64(state.mean_imag) * (not real)
+        mean, var = mean.reshape(-1, features), _f64(state.var, (-1, features))
+    group = _groups(method, sizes, "half")
+    spectra = _transform(method, maps, "half") - mean[group]
+    spectra = spectra / np.sqrt(var[group] + method.epsilon) * scale + bias
+    return _activate(method, restore(_inverse(method, spectra, sizes))), state
+
+
+def _spectral_gradients(method, params, x, g, mask):
+    (maps, valid, restore), (g, _, _) = _maps(method, x, mask), _maps(method, g, True)
+    (samples, *sizes, features), plane = maps.shape, _plane(method)
+    positions = math.prod(sizes)
+    scale, _ = _spectral_affine(params, features)
+    count, mean, var = _spectral_moments(method, maps, valid)
+
+    # The transforms as matrices: of a map x the spectrum is U[k] = sum_p x[p] to[p, k], and of a
+    # spectrum S the map is y[p] = sum_k real[k, p] Re S[k] + imag[k, p] Im S[k]. The gradient of a
+    # complex number has those of its real and its imaginary part as its own.
+    units = np.eye(positions).reshape(positions, *sizes, 1)
+    to_half, to_plane = (_transform(method, units, p)[..., 0] for p in ("half", plane))
+    units = np.eye(to_half.shape[1])[..., None]
+    real, imag = (_inverse(method, u, sizes).reshape(-1, positions) for u in (units, 1j * units))
+    dspectra = np.einsum("kp,npf->nkf", real + 1j * imag, g.reshape(samples, positions, features))
+
+    # S = c s scale + bias at the stored frequencies, where c = U - mean, s = (var + epsilon)^(-1/2)
+    group = _groups(method, sizes, "half")
+    c, s = _transform(method, maps, "half") - mean[group], 1 / np.sqrt(var + method.epsilon)
+    dbias = dspectra.real.sum((0, 1))
+    dscale = (dspectra.conj() * c * s[group]).real.sum((0, 1))
+    dc = dspectra * s[group] * scale
+    dmean = -_group_sums(method, dc.sum(0), group)
+    dvar = -(s**2) / 2 * _group_sums(method, (dc.conj() * c).real.sum(0), group)
+
+    # mean = sum U / n and var = sum |U - mean|^2 / n over the valid samples and each group of the
+    # plane: d var = 2 Re conj(U - mean) dU / n (var has no derivative in mean)
+    group, n = _groups(method, sizes, plane), np.maximum(count, 1)
+    c = _transform(method, maps, plane) - mean[group]
+    dmoments = (dmean / n)[group] + 2 * c * (dvar / n)[group]
+    dx = np.einsum("pk,nkf->npf", to_half.conj(), dc).real
+    dx = dx + np.einsum("pk,nkf->npf", to_plane.conj(), dmoments).real
+    dx = np.where(valid[:, None], dx, 0).reshape(maps.shape)
+    shape = tuple(x.shape[i] for i in _feature_axes(method, x.ndim))
+    return restore(dx), dscale.reshape(shape), dbias.reshape(shape)
+
+
+def _maps(method, x, mask):
+    """`x` as maps, zero where masked; the valid samples, [samples, features]; the way back."""
+    features = _feature_axes(method, x.ndim)
+    if method.spatial_axes is None:
+        spatial = tuple(i for i in range(1, x.ndim) if i not in features)
+    else:
+        spatial = _axes(method.spatial_axes, x.ndim)
+    samples = tuple(i for i in range(x.ndim) if i not in (*spatial, *features))
+    order = (*samples, *spatial, *features)
+    moved = tuple(x.shape[i] for i in order)
+    first, last = len(samples), len(samples) + len(spatial)
+    shape = (math.prod(moved[:first]), *moved[first:last], math.prod(moved[last:]))
+
+    valid = np.broadcast_to(mask, x.shape).transpose(order).reshape(shape)
+    maps = np.where(valid, x.transpose(order).reshape(shape), 0)
+    valid = valid[(slice(None), *[0] * len(spatial))]
+    return maps, valid, lambda y: y.reshape(moved).transpose(np.argsort(order))
+
+
+def _spectral_affine(params, features):
+    """Scale and bias, [features]."""
+    scale = np.ones(features) if params.scale is None else _f64(params.scale, features)
+    bias = np.zeros(features) if params.bias is None else _f64(params.bias, features)
+    return scale, bias
+
+
+def _transform(method, maps, plane):
+    """Spectra of maps: the "full" plane or the stored "half"."""
+    transform = np.fft.rfftn if plane == "half" else np.fft.fftn
+    norm = "forward" if method.fft_norm == "full" else method.fft_norm
+    spectra = transform(maps, axes=range(1, maps.ndim - 1), norm=norm)
+    return spectra.reshape(len(maps), -1, maps.shape[-1])
+
+
+def _inverse(method, spectra, sizes):
+    """Maps of stored spectra: complex inverses over all axes but the last, there the real one."""
+    norm = "backward" if method.fft_norm == "full" else method.fft_norm
+    maps = spectra.reshape(len(spectra), *sizes[:-1], sizes[-1] // 2 + 1, spectra.shape[-1])
+    for axis in range(1, len(sizes)):
+        maps = np.fft.ifft(maps, axis=axis, norm=norm)
+    return np.fft.irfft(maps, sizes[-1], axis=len(sizes), norm=norm)
+
+
+def _plane(method):
+    """The frequencies that enter the statistics; both planes have the same of each frequency."""
+    return "half" if method.statistics == "frequency" else method.spectrum
+
+
+def _groups(method, sizes, plane):
+    """The group of each frequency of a plane, [frequencies]."""
+    shape = (*sizes[:-1], sizes[-1] // 2 + 1) if plane == "half" else sizes
+    if method.statistics == "frequency":
+        return np.arange(math.prod(shape))
+    if method.statistics == "ring":
+        return np.array([_band(k, sizes, method.bands) for k in np.ndindex(*shape)])
+    return np.zeros(math.prod(shape), int)
+
+
+def _band(k, sizes, bands):
+    """The least integer that is >= (bands - 1) |k| / (sqrt(d) / 2), |k| in cycles per position."""
+    square = sum(Fraction(min(j, n - j), n) ** 2 for j, n in zip(k, sizes, strict=True))
+    return next(b for b in range(bands) if b**2 * len(sizes) >= 4 * (bands - 1) ** 2 * square)
+
+
+def _group_sums(method, a, group):
+    """Sums of [frequencies, ...] over the frequencies of each group."""
+    number = method.bands if method.statistics == "ring" else group.max() + 1
+    return np.array([a[group == i].sum(0) for i in range(number)])
+
+
+def _spectral_moments(method, maps, valid):
+    """Count, complex mean and variance of each group over the valid samples."""
+    plane = _plane(method)
+    spectra, group = _transform(method, maps, plane), _groups(method, maps.shape[1:-1], plane)
+    valid = np.broadcast_to(valid[:, None], spectra.shape)
+    count = _group_sums(method, valid.sum(0), group)
+    n = np.maximum(count, 1)
+    mean = _group_sums(method, np.where(valid, spectra, 0).sum(0), group) / n
+    square = np.abs(spectra - mean[group]) ** 2
+    return count, mean, _group_sums(method, np.where(valid, square, 0).sum(0), group) / n
 
 
 def _affine(method, params, state, x, mask, train):
@@ -224,12 +389,33 @@ def _tree_mean(trees):
     return np.mean(trees, axis=0)
 
 
+def _links(method):
+    """The methods of a chain by name."""
+    if type(method).__name__ == "Chain":
+        links = method.methods
+    else:
+        own = vars(method)
+        before = type("BatchNorm", (types.SimpleNamespace,), {})
+        after = type("SpectralBatchNorm", (types.SimpleNamespace,), {})
+        links = before(**own | {"activation": None}), after(**own)
+    return {f"{type(link).__name__}_{i}": link for i, link in enumerate(links)}
+
+
 def _chain(method, params, state, x, mask, train):
     new = {}
-    for i, link in enumerate(method.methods):
-        name = f"{type(link).__name__}_{i}"
+    for name, link in _links(method).items():
         x, new[name] = apply(link, params[name], state[name], x, train=train, mask=mask)
     return x, new
+
+
+def _chain_gradients(method, params, state, x, g, mask):
+    inputs, dscale, dbias = {}, {}, {}
+    for name, link in _links(method).items():
+        inputs[name] = link, x
+        x, _ = apply(link, params[name], state[name], x, train=True, mask=mask)
+    for name, (link, x) in reversed(inputs.items()):
+        g, dscale[name], dbias[name] = gradients(link, params[name], state[name], x, g, mask=mask)
+    return g, dscale, dbias
 
 
 APPLY = {
@@ -239,6 +425,8 @@ APPLY = {
     "RMSNorm": _stateless,
     "GroupNorm": _stateless,
     "InstanceNorm": _stateless,
+    "SpectralBatchNorm": _spectral_batch_norm,
+    "SpatialSpectralBatchNorm": _chain,
     "Affine": _affine,
     "DynamicTanh": _dynamic_tanh,
     "Ghost": _ghost,

@@ -6,11 +6,12 @@ import numpy as np
 import reference
 import vector_files
 from absl.testing import parameterized
-from reference import Params, Running
+from reference import Params, Running, SpectralRunning
 
 import normjax as nj
 
 ATOL = 1e-10
+VECTORS_ATOL = {"float64": ATOL, "float32": 2e-5}
 PREFIXES = (
     "batch_norm",
     "group_norm",
@@ -19,8 +20,18 @@ PREFIXES = (
     "instance_norm",
     "ghost_batch_norm",
     "channel_affine",
+    "spectral_batch_norm",
+    "spatial_spectral_batch_norm",
 )
 FILES = [name for prefix in PREFIXES for name in vector_files.names(prefix)]
+SPECTRAL = (
+    nj.SpectralBatchNorm(),
+    nj.SpectralBatchNorm(spectrum="half", fft_norm="backward"),
+    nj.SpectralBatchNorm(statistics="ring", bands=4, fft_norm="forward"),
+    nj.SpectralBatchNorm(statistics="ring", bands=4, spectrum="half"),
+    nj.SpectralBatchNorm(statistics="frequency", map_size=(4, 5)),
+    nj.SpectralBatchNorm(statistics="frequency", map_size=(4, 5), spectrum="half", fft_norm="full"),
+)  # for maps of size [4, 5]
 
 
 def close(actual, desired, atol=ATOL):
@@ -39,43 +50,89 @@ def running_for(features, count=None):
     return Running(draw(3, features), 0.5 + draw(4, features) ** 2, count)
 
 
+def spectral_running_for(method, *features, sizes=(4, 5), count=None):
+    stored = (*sizes[:-1], sizes[-1] // 2 + 1)
+    groups = {"channel": (), "ring": (method.bands,), "frequency": stored}[method.statistics]
+    shape = (*groups, *features)
+    return SpectralRunning(draw(3, *shape), draw(4, *shape), 0.5 + draw(5, *shape) ** 2, count)
+
+
+def close_fields(actual, expected, atol):
+    """The fields of `actual`, or of each method's if that is a dict, are the arrays `expected`."""
+    for name, value in expected.items():
+        part = actual[name] if isinstance(actual, dict) else getattr(actual, name)
+        check = close_fields if isinstance(value, dict) else close
+        check(part, value, atol)
+
+
+def start(name):
+    """Method, parameters and first state (any, if the file has none) of a vector file."""
+
+    def filled(make, fields):
+        chain = any(isinstance(value, dict) for value in fields.values())
+        return {k: make(**part) for k, part in fields.items()} if chain else make(**fields)
+
+    def running(**fields):
+        make = SpectralRunning if "mean_real" in fields else Running
+        return make(**fields, count=0.0)
+
+    method, (_, arrays) = vector_files.method(name), vector_files.load(name)
+    spectral = isinstance(method, nj.SpectralBatchNorm)
+    untracked = ("mean_real", "mean_imag", "var") if spectral else ("mean", "var")
+    untracked = dict.fromkeys(untracked, np.ones(arrays["x_1"].shape[-1]))
+    params = filled(Params, vector_files.fields(name, "param_"))
+    return method, params, filled(running, vector_files.fields(name, "state_0_") or untracked)
+
+
 class VectorsTest(parameterized.TestCase):
     @parameterized.parameters(*FILES)
     def test_outputs_and_state(self, name):
         _, arrays = vector_files.load(name)
-        method = vector_files.method(name)
-        params = Params(arrays.get("param_scale"), arrays.get("param_bias"))
-        tracked = "state_0_mean" in arrays
-        state = Running(np.zeros(arrays["x_1"].shape[-1]), np.ones(arrays["x_1"].shape[-1]), 0.0)
-        if tracked:
-            state = state._replace(mean=arrays["state_0_mean"], var=arrays["state_0_var"])
+        method, params, state = start(name)
+        atol = VECTORS_ATOL[vector_files.dtype(name)]
         for step in (1, 2, 3):
             y, state = reference.apply(method, params, state, arrays[f"x_{step}"], train=True)
-            close(y, arrays[f"y_{step}"])
-            if tracked:
-                close(state.mean, arrays[f"state_{step}_mean"])
-                close(state.var, arrays[f"state_{step}_var"])
+            close(y, arrays[f"y_{step}"], atol)
+            tracked = vector_files.fields(name, f"state_{step}_")
+            close_fields(state, tracked, atol)
         y, after = reference.apply(method, params, state, arrays["x_eval"], train=not tracked)
-        close(y, arrays["y_eval"])
-        self.assertTrue(not tracked or after is state)
+        close(y, arrays["y_eval"], atol)
+        self.assertTrue(not tracked or after == state)
 
     @parameterized.parameters(*(name for name in FILES if not name.startswith("channel_affine")))
     def test_gradients(self, name):
         config, arrays = vector_files.load(name)
-        params = Params(arrays.get("param_scale"), arrays.get("param_bias"))
-        method = vector_files.method(name)
-        dx, dscale, dbias = reference.gradients(
-            method, params, None, arrays["x_1"], arrays["cotangent"]
-        )
+        atol = VECTORS_ATOL[vector_files.dtype(name)]
+        dx, dscale, dbias = reference.gradients(*start(name), arrays["x_1"], arrays["cotangent"])
         if not config.get("stop_stats_grad"):
-            close(dx, arrays["grad_x"])
-        if "grad_scale" in arrays:
-            close(dscale, arrays["grad_scale"])
-        if "grad_bias" in arrays:
-            close(dbias, arrays["grad_bias"])
+            close(dx, arrays["grad_x"], atol)
+        actual = {"x": dx, "scale": dscale, "bias": dbias}
+        if isinstance(dscale, dict):
+            actual = {k: {"scale": dscale[k], "bias": dbias[k]} for k in dscale}
+        expected = vector_files.fields(name, "grad_")
+        close_fields(actual, {k: v for k, v in expected.items() if k != "x"}, atol)
 
 
 class GradientsTest(parameterized.TestCase):
+    def check_slope(self, method, params, state, x, mask):
+        """Central differences along a random direction."""
+        g, along_x = draw(1, *x.shape), draw(5, *x.shape)
+        along = params_for(*params.scale.shape, seed=11)
+        if params.bias is None:
+            along = along._replace(bias=np.zeros(params.scale.shape))
+
+        def loss(h):
+            bias = None if params.bias is None else params.bias + h * along.bias
+            moved = Params(params.scale + h * along.scale, bias)
+            y, _ = reference.apply(method, moved, state, x + h * along_x, train=True, mask=mask)
+            return np.sum(y * g)
+
+        dx, dscale, dbias = reference.gradients(method, params, state, x, g, mask=mask)
+        slope = (dx * along_x).sum() + (dscale * along.scale).sum() + (dbias * along.bias).sum()
+        h = 1e-5
+        close(slope, (loss(h) - loss(-h)) / (2 * h), atol=1e-6)
+        self.assertFalse(dx[~np.broadcast_to(mask, x.shape)].any())
+
     @parameterized.parameters(
         (nj.BatchNorm(axis=1), (3,)),
         (nj.LayerNorm(reduction_axes=(1, -1), feature_axes=(2, 3)), (2, 4)),
@@ -86,29 +143,30 @@ class GradientsTest(parameterized.TestCase):
         (nj.Ghost(method=nj.BatchNorm(), groups=2), (4,)),
     )
     def test_central_differences_with_ragged_mask(self, method, features):
-        x, g = draw(0, 4, 3, 2, 4), draw(1, 4, 3, 2, 4)
+        x = draw(0, 4, 3, 2, 4)
         mask = np.random.default_rng(2).random(x.shape) < 0.7
         params = params_for(*features)
         if isinstance(method, nj.RMSNorm):
             params = params._replace(bias=None)
         state = Running(np.zeros(features[-1]), np.ones(features[-1]))
+        self.check_slope(method, params, state, x, mask)
 
-        def loss(x, params):
-            return np.sum(reference.apply(method, params, state, x, train=True, mask=mask)[0] * g)
-
-        along_x, along = draw(5, *x.shape), params_for(*features, seed=11)
-        if params.bias is None:
-            along = along._replace(bias=np.zeros(features))
-        h = 1e-5
-
-        def at(h):
-            bias = None if params.bias is None else params.bias + h * along.bias
-            return loss(x + h * along_x, Params(params.scale + h * along.scale, bias))
-
-        dx, dscale, dbias = reference.gradients(method, params, state, x, g, mask=mask)
-        slope = (dx * along_x).sum() + (dscale * along.scale).sum() + (dbias * along.bias).sum()
-        close(slope, (at(h) - at(-h)) / (2 * h), atol=1e-6)
-        self.assertFalse(dx[~mask].any())
+    @parameterized.parameters(
+        *((method, (1, 2)) for method in SPECTRAL),
+        (nj.SpectralBatchNorm(axis=1, spectrum="half", fft_norm="full"), (2, 3)),
+        (nj.SpectralBatchNorm(axis=(1, 3), statistics="ring", bands=3), (2,)),
+        (nj.SpectralBatchNorm(axis=(1, 3), spectrum="half"), (2,)),
+        (nj.SpectralBatchNorm(spatial_axes=1, statistics="frequency", map_size=(4,)), (1,)),
+        (nj.SpectralBatchNorm(spatial_axes=2, statistics="ring", spectrum="half"), (2,)),
+    )
+    def test_spectral_central_differences_with_ragged_samples(self, method, spatial):
+        x = draw(0, 6, 4, 5, 2)
+        mask = np.random.default_rng(2).random(x.shape) < 0.7
+        mask = mask[tuple(slice(1) if i in spatial else slice(None) for i in range(x.ndim))]
+        features = [x.shape[i] for i in np.atleast_1d(method.axis)]
+        sizes = [x.shape[i] for i in spatial]
+        state = spectral_running_for(method, *features, sizes=sizes)
+        self.check_slope(method, params_for(*features), state, x, mask)
 
 
 class LimitsTest(parameterized.TestCase):
@@ -180,6 +238,173 @@ class LimitsTest(parameterized.TestCase):
         y, _ = reference.apply(nj.BatchNorm(activation=np.tanh), params, state, x, train=True)
         z, _ = reference.apply(nj.BatchNorm(), params, state, x, train=True)
         close(y, np.tanh(z))
+
+
+class SpectralTest(parameterized.TestCase):
+    def train(self, x, state=None, **fields):
+        method, features = nj.SpectralBatchNorm(**fields), x.shape[-1]
+        if state is None:
+            state = spectral_running_for(method, features, sizes=x.shape[1:-1])
+        return reference.apply(method, params_for(features), state, x, train=True)
+
+    def same(self, first, second):
+        (y, new), (z, expected) = first, second
+        close(y, z)
+        for a, b in zip(new[:3], expected[:3], strict=True):
+            close(a.ravel(), b.ravel())
+
+    @parameterized.product(
+        fields=(
+            dict(statistics="channel"),
+            dict(statistics="ring", bands=1),
+            dict(statistics="frequency", map_size=(1, 1)),
+        ),
+        spectrum=("full", "half"),
+        fft_norm=("ortho", "backward", "forward", "full"),
+    )
+    def test_of_single_positions_it_is_batch_norm(self, fields, spectrum, fft_norm):
+        x = draw(0, 6, 1, 1, 3)
+        y, new = self.train(x, **fields, spectrum=spectrum, fft_norm=fft_norm, momentum=0.0)
+        state = running_for(3)
+        method = nj.BatchNorm(momentum=0.0)
+        z, expected = reference.apply(method, params_for(3), state, x, train=True)
+        close(y, z)
+        close(new.mean_real.reshape(3), expected.mean)
+        close(new.mean_imag, 0)
+        close(new.var.reshape(3), expected.var)
+
+    def test_statistics_of_the_plane_are_those_of_the_corner_and_the_energy(self):
+        x, params = draw(0, 6, 4, 5, 3), params_for(3)
+        y, new = self.train(x, fft_norm="backward", momentum=0.0)
+        corner = x[:, 0, 0].mean(0)
+        var = 20 * (x**2).mean((0, 1, 2)) - corner**2
+        close(new.mean_real, corner)
+        close(new.mean_imag, 0)
+        close(new.var, var)
+        slope = params.scale / np.sqrt(var + 1e-5)
+        expected = slope * x
+        expected[:, 0, 0] += params.bias - slope * corner
+        close(y, expected)
+
+    @parameterized.parameters((4, 5), (5, 4), (3, 4, 2))
+    def test_the_plane_has_the_inner_frequencies_of_the_half_twice(self, *sizes):
+        x, axes = draw(0, 6, *sizes, 3), range(1, len(sizes) + 1)
+        _, new = self.train(x, momentum=0.0)
+        spectra = np.fft.rfftn(x, axes=axes, norm="ortho")
+        weights = np.full(spectra.shape[-2], 2)
+        weights[0] = 1
+        weights[-1] -= sizes[-1] % 2 == 0
+        weights = np.broadcast_to(weights[:, None], spectra.shape)
+        axes = (0, *axes)
+        mean = np.average(spectra, axes, weights).real
+        close(new.mean_real, mean)
+        close(new.var, np.average(np.abs(spectra - mean) ** 2, axes, weights))
+
+    def test_half_statistics_are_plain_means_of_the_stored_frequencies(self):
+        x = draw(0, 6, 4, 5, 3)
+        _, new = self.train(x, spectrum="half", fft_norm="backward", momentum=0.0)
+        spectra = np.fft.rfft2(x, axes=(1, 2))
+        mean = spectra.mean((0, 1, 2))
+        close(new.mean_real + 1j * new.mean_imag, mean)
+        close(new.var, (np.abs(spectra - mean) ** 2).mean((0, 1, 2)))
+        self.assertGreater(np.abs(new.mean_imag).min(), 1e-3)
+
+    @parameterized.parameters("full", "half")
+    def test_each_frequency_becomes_standard(self, spectrum):
+        x, method = draw(0, 9, 4, 5, 3), dataclasses.replace(SPECTRAL[-2], spectrum=spectrum)
+        method = dataclasses.replace(method, epsilon=0.0)
+        state = spectral_running_for(method, 3)
+        y, _ = reference.apply(method, Params(), state, x, train=True)
+        spectra = np.fft.fft2(y, axes=(1, 2), norm="ortho")
+        close(spectra.mean(0), 0)
+        close((np.abs(spectra) ** 2).mean(0), 1)
+
+    @parameterized.product(spectrum=("full", "half"), sizes=((4, 5), (6,)))
+    def test_one_ring_is_the_channel(self, spectrum, sizes):
+        x, state = draw(0, 6, *sizes, 3), SpectralRunning(draw(3, 3), draw(4, 3), np.ones(3))
+        rings = SpectralRunning(*(a[None] for a in state[:3]))
+        self.same(
+            self.train(x, state, spectrum=spectrum),
+            self.train(x, rings, statistics="ring", bands=1, spectrum=spectrum),
+        )
+
+    def test_a_ring_per_stored_frequency_is_the_frequency(self):
+        x = draw(0, 6, 8, 3)
+        self.same(
+            self.train(x, statistics="ring", bands=5, spectrum="half"),
+            self.train(x, statistics="frequency", map_size=(8,)),
+        )
+
+    def test_rings_of_a_small_map(self):
+        ring = np.array([[0, 1, 2], [1, 1, 2], [2, 2, 2], [1, 1, 2]])
+        h, w = np.meshgrid(np.arange(4), np.arange(4), indexing="ij")
+        for i, j in np.ndindex(4, 3):
+            x = np.cos(np.pi / 2 * (i * h + j * w))[None, ..., None]
+            _, new = self.train(x, statistics="ring", bands=3, spectrum="half", momentum=0.0)
+            power = (new.var + new.mean_real**2 + new.mean_imag**2)[:, 0]
+            self.assertEqual(np.flatnonzero(power > 1e-9).tolist(), [ring[i, j]])
+
+    def test_an_empty_ring_keeps_its_statistics(self):
+        method = nj.SpectralBatchNorm(statistics="ring", bands=8)
+        x, state = draw(0, 6, 2, 2, 3), spectral_running_for(method, 3)
+        _, new = self.train(x, state, statistics="ring", bands=8)
+        for before, after in zip(state[:3], new[:3], strict=True):
+            moved = (before != after).any(1)
+            self.assertEqual(np.flatnonzero(moved).tolist(), [0, 5, 7])
+
+    @parameterized.parameters(("ortho", 0.5, 0.5), ("forward", 1, 1), ("full", 1, 0))
+    def test_scalings_differ_in_epsilon_and_size(self, fft_norm, forward, size):
+        x, positions = draw(0, 6, 4, 5, 3), 20
+        y, _ = self.train(x, fft_norm=fft_norm, epsilon=1e-3)
+        z, _ = self.train(x, fft_norm="backward", epsilon=1e-3 * positions ** (2 * forward))
+        close(y, z * positions**size)
+
+    @parameterized.parameters(*SPECTRAL)
+    def test_evaluation_with_the_statistics_of_the_batch_is_training(self, method):
+        x, params = draw(0, 6, 4, 5, 3), params_for(3)
+        method = dataclasses.replace(method, momentum=0.0)
+        state = spectral_running_for(method, 3)
+        y, state = reference.apply(method, params, state, x, train=True)
+        z, after = reference.apply(method, params, state, x, train=False)
+        close(y, z)
+        self.assertIs(after, state)
+
+    @parameterized.parameters(*SPECTRAL)
+    def test_axes_may_lie_anywhere(self, method):
+        x, params, state = draw(0, 6, 4, 5, 3), params_for(3), spectral_running_for(method, 3)
+        y, new = reference.apply(method, params, state, x, train=True)
+        first = dataclasses.replace(method, axis=1)
+        z, expected = reference.apply(first, params, state, np.moveaxis(x, -1, 1), train=True)
+        self.same((np.moveaxis(y, -1, 1), new), (z, expected))
+        split = dataclasses.replace(method, spatial_axes=(2, 3))
+        z, expected = reference.apply(split, params, state, x.reshape(2, 3, 4, 5, 3), train=True)
+        self.same((y.reshape(z.shape), new), (z, expected))
+
+    @parameterized.parameters(*SPECTRAL)
+    def test_masked_samples_are_as_if_dropped(self, method):
+        x, mask = draw(0, 6, 4, 5, 2), np.random.default_rng(2).random((6, 1, 1, 2)) < 0.7
+        params, state = params_for(2), spectral_running_for(method, 2)
+        x = np.where(mask, x, np.nan)
+        y, new = reference.apply(method, params, state, x, train=True, mask=mask)
+        self.assertTrue(np.isfinite(y).all())
+        for c in range(2):
+            one, keep = slice(c, c + 1), mask[:, 0, 0, c]
+            own = Params(params.scale[one], params.bias[one])
+            before, after = (SpectralRunning(*(a[..., one] for a in s[:3])) for s in (state, new))
+            z, expected = reference.apply(method, own, before, x[keep][..., one], train=True)
+            self.same((y[keep][..., one], after), (z, expected))
+
+    @parameterized.product(method=SPECTRAL, average=("exponential", "debiased", "cumulative"))
+    def test_empty_batch_changes_nothing(self, method, average):
+        method = dataclasses.replace(method, running_average=average)
+        count = None if average == "exponential" else 3.0
+        x, state = draw(0, 6, 4, 5, 3), spectral_running_for(method, 3, count=count)
+        y, new = reference.apply(method, params_for(3), state, x, train=True, mask=False)
+        for before, after in zip(state, new, strict=True):
+            np.testing.assert_array_equal(before, after)
+        close(y[:, 1:], 0)
+        close(y[:, 0, 1:], 0)
+        self.assertTrue(y[:, 0, 0].all())
 
 
 class MasksTest(parameterized.TestCase):

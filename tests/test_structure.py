@@ -19,14 +19,15 @@ PACKAGE = ROOT / "normjax"
 
 # A module may import only from the layers listed before its own; a folder stands for its files.
 LAYERS = [
-    ["core.structs", "core.tracing"],
+    ["core.activation", "core.structs", "core.tracing"],
     ["core.checks"],
     ["core.linear"],
-    ["core.groups", "core.roots", "core.spectra"],
+    ["core.groups", "core.roots"],
     ["core.passes"],
-    ["core.sync", "core.running", "core.propagate"],
+    ["core.sync", "core.running", "core.propagate", "core.spectra"],
     ["core.__init__"],
     ["methods"],
+    ["methods.presets"],
     ["methods.__init__"],
     ["__init__"],
     ["linen", "nnx", "optim", "population", "folding", "interop", "testing"],
@@ -102,6 +103,8 @@ def third_party(name):
         dependencies = ["jax", "numpy"]
     elif name == "normjax.testing":
         dependencies = ["jax", "numpy", "chex"]
+    elif name.startswith("normjax.analysis."):
+        dependencies = [*dependencies, "matplotlib"]
     return sys.stdlib_module_names | {re.match(r"[\w.-]+", text)[0] for text in dependencies}
 
 

@@ -13,10 +13,20 @@ INDEX = {
     for entry in json.loads((FOLDER / "index.json").read_text())["files"]
 }
 
+CHAINS = {  # for each method of a chain, what its arrays' names begin with
+    "spatial_spectral_batch_norm": {"BatchNorm_0": "spatial_", "SpectralBatchNorm_1": "spectral_"},
+}
+
 
 def names(prefix):
-    """Names of the files whose name is `prefix` and a number, in order."""
-    return sorted(name for name in INDEX if name.rstrip("0123456789") == f"{prefix}_")
+    """Names of the files whose name is `prefix` and a number (and `_f32`), in order."""
+    numbered = {name: name.removesuffix("_f32").rstrip("0123456789") for name in INDEX}
+    return sorted(name for name in INDEX if numbered[name] == f"{prefix}_")
+
+
+def dtype(name):
+    """What the recorded code computed in: "float64" or "float32"."""
+    return INDEX[name]["dtype"]
 
 
 def load(name):
@@ -25,14 +35,28 @@ def load(name):
         return INDEX[name]["config"], dict(file)
 
 
+def fields(name, prefix):
+    """The arrays whose names begin with `prefix`, by the rest; those of a chain also by method."""
+    _, arrays = load(name)
+    found = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
+    links = CHAINS.get(INDEX[name]["method"])
+    if links is None:
+        return found
+    return {
+        link: {k.removeprefix(part): a for k, a in found.items() if k.startswith(part)}
+        for link, part in links.items()
+    }
+
+
 def method(name):
     """normjax's method for the layer that a file was recorded from."""
     config, arrays = load(name)
-    kind, tracked = INDEX[name]["method"], "state_0_mean" in arrays
+    kind, tracked = INDEX[name]["method"], any(k.startswith("state_0_") for k in arrays)
+    parameters = {k.rpartition("_")[2] for k in arrays if k.startswith("param_")}
     common = {
         "epsilon": config.get("eps_used", config.get("eps")),
-        "use_scale": "param_scale" in arrays,
-        "use_bias": "param_bias" in arrays,
+        "use_scale": "scale" in parameters,
+        "use_bias": "bias" in parameters,
     }
     running = {}
     if tracked and config["momentum"] is None:
@@ -60,6 +84,11 @@ def method(name):
             axes = tuple(config["normalized_axes"])
             del common["use_bias"]
             return nj.RMSNorm(**common, reduction_axes=axes, feature_axes=axes)
+        case "spectral_batch_norm" | "spatial_spectral_batch_norm":
+            spatial = kind.startswith("spatial")
+            make = nj.SpatialSpectralBatchNorm if spatial else nj.SpectralBatchNorm
+            own = {"spectrum": "half", "fft_norm": config["fft_norm"]}
+            return make(**common, **running, **own, unbiased_running_var=True)
         case "channel_affine":
             del common["epsilon"]
             return nj.Affine(**common)

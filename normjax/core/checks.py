@@ -82,6 +82,21 @@ def _positive(value):
         return "is not a positive integer"
 
 
+def _one_of(*options):
+    def rule(value):
+        if value not in options:
+            return f"is not one of {', '.join(map(repr, options))}"
+
+    return rule
+
+
+def _map_size(value):
+    if value is not None and not (isinstance(value, tuple) and value):
+        return "is not a sequence of the sizes of the spatial axes"
+    if value is not None and any(_positive(n) for n in value):
+        return "holds a size that is not a positive integer"
+
+
 RULES = {
     "momentum": _momentum,
     "epsilon": _epsilon,
@@ -103,6 +118,14 @@ RULES = {
     "groups": _positive,
     "num_groups": lambda v: None if v is None else _positive(v),
     "group_size": lambda v: None if v is None else _positive(v),
+    "running_average": _one_of("exponential", "debiased", "cumulative"),
+    "statistics": _one_of("channel", "frequency", "ring"),
+    "spectrum": _one_of("full", "half"),
+    "fft_norm": _one_of("ortho", "backward", "forward", "full"),
+    "spatial_axes": lambda v: None if v is None else _axes(v),
+    "map_size": _map_size,
+    "bands": _positive,
+    "route": _one_of("auto", "spatial", "matmul", "fft"),
 }
 
 
@@ -236,6 +259,15 @@ def match(
                 f"{name}: the input of shape {shape} has features {sizes} along {field}={at}, "
                 f"but its parameters or statistics were made for {tuple(a.shape)}."
             )
+
+
+def counted(name: str, state: Any, wanted: bool) -> None:
+    """ValueError unless `state` has a leaf `count` exactly if `wanted`."""
+    if wanted != (state.count is not None):
+        raise ValueError(
+            f"{name}: the state has {'no' if wanted else 'a'} leaf `count`, which "
+            f"this configuration {'needs' if wanted else 'does not use'}."
+        )
 
 
 def mask(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array | None:

@@ -92,11 +92,6 @@ class BatchNorm:
 
     def __post_init__(self):
         checks.configuration(self)
-        if self.running_average not in running.AVERAGES:
-            raise ValueError(
-                f"{type(self).__name__}: running_average={self.running_average!r} is not one of "
-                f"{', '.join(running.AVERAGES)}."
-            )
 
     def init(self, key: Key, features: Features) -> tuple[AffineParams, Running]:
         """Scale, bias (`param_dtype`), running mean 0 and variance 1 (float32), all [features]."""
@@ -133,11 +128,7 @@ class BatchNorm:
         x, mask = passes.inputs(name, x, mask)
         at = checks.axes(name, "axis", self.axis, x.shape)
         checks.match(name, "axis", at, x.shape, (*params, state.mean, state.var))
-        if self._counted() != (state.count is not None):
-            raise ValueError(
-                f"{name}: the state has {'no' if state.count is None else 'a'} leaf `count`, which "
-                f"this configuration {'needs' if state.count is None else 'does not use'}."
-            )
+        checks.counted(name, state, self._counted())
         others = tuple(i for i in range(x.ndim) if i not in at)
         params = AffineParams(*(None if a is None else jnp.expand_dims(a, others) for a in params))
         mean, var = (jnp.expand_dims(a, others) for a in (state.mean, state.var))
