@@ -1,0 +1,366 @@
+"""Captured feature maps and their measures, against NumPy in float64 from the definitions."""
+
+import csv
+import io
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+from agreement import close, draw
+from flax import linen as nn
+from flax import nnx
+from scipy.special import digamma
+
+import normjax.linen
+import normjax.nnx
+from normjax.analysis import spectra
+
+KEY = jax.random.key(0)
+BLOCK = ("conv", "norm", "drop", "sum")
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        y = nn.Conv(3, (3, 3), name="conv")(x)
+        y = normjax.linen.BatchNorm(use_running_average=not train, name="norm")(y)
+        y = nn.Dropout(0.5, deterministic=not train, name="drop")(y)
+        self.sow("intermediates", "sum", x + y)
+        return nn.relu(x + y)
+
+
+class Net(nn.Module):
+    block: type[nn.Module] = Block
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        late, early = Block(name="b"), self.block(name="a")
+        x = early(late(x, train), train)
+        self.sow("intermediates", "between", x)
+        x = late(x, train)
+        self.sow("intermediates", "count", jnp.ones((3, 3), int))
+        return nn.Dense(2, name="head")(x.mean((1, 2))), {"maps": x, "rank 1": x[0, 0, 0]}
+
+
+class BlockNNX(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 3, (3, 3), rngs=rngs)
+        self.norm = normjax.nnx.BatchNorm(3, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        y = self.drop(self.norm(self.conv(x)))
+        self.sow(nnx.Intermediate, "sum", x + y)
+        return nnx.relu(x + y)
+
+
+class NetNNX(nnx.Module):
+    def __init__(self, call=lambda block, x: block(x)):
+        rngs = nnx.Rngs(0)
+        self.a, self.b = BlockNNX(rngs), BlockNNX(rngs)
+        self.head = nnx.Linear(3, 2, rngs=rngs)
+        self.call = call
+
+    def __call__(self, x):
+        x = self.call(self.a, self.b(x))
+        self.sow(nnx.Intermediate, "between", x)
+        x = self.b(x)
+        self.sow(nnx.Intermediate, "count", jnp.ones((3, 3), int))
+        return self.head(x.mean((1, 2))), {"maps": x, "rank 1": x[0, 0, 0]}
+
+
+NAMES = [
+    *(f"b/{name}" for name in BLOCK),
+    "b",
+    *(f"a/{name}" for name in BLOCK),
+    "a",
+    "between",
+    *(f"b/{name}#2" for name in BLOCK),
+    "b#2",
+    "head",
+    "__call__[0]",
+    "__call__[1]['maps']",
+]
+
+
+def run_linen(block=Block, train=True):
+    """Input, captured maps, and the outputs of an ordinary call."""
+    net, x = Net(block), draw(0, 4, 5, 6, 3)
+    variables = net.init(KEY, x)
+    before = jax.tree.map(np.asarray, variables)
+    maps = spectra.capture(net, variables, x, train=train, rngs={"dropout": KEY})
+    chex.assert_trees_all_equal(variables, before)
+    how = dict(train=train, rngs={"dropout": KEY}, mutable=["batch_stats"])
+    return x, maps, net.apply(variables, x, **how)[0]
+
+
+def run_nnx(call=lambda block, x: block(x), train=True):
+    net, x = NetNNX(call), draw(0, 4, 5, 6, 3)
+    net.train() if train else net.eval()
+    structure, before = nnx.split(nnx.clone(net))
+    maps = spectra.capture(net, x)
+    chex.assert_trees_all_equal(nnx.state(net), before)
+    assert nnx.graphdef(net) == structure
+    return x, maps, nnx.capture(net, nnx.Intermediate)(x)[0]
+
+
+class CaptureTest(parameterized.TestCase):
+    @parameterized.product(
+        run=(
+            run_linen,
+            run_nnx,
+            lambda train: run_linen(nn.remat(Block, static_argnums=2), train),
+            lambda train: run_nnx(nnx.jit(lambda block, x: block(x)), train),
+            lambda train: run_nnx(nnx.remat(lambda block, x: block(x)), train),
+        ),
+        train=(True, False),
+    )
+    def test_maps(self, run, train):
+        x, maps, (logits, rest) = run(train=train)
+        self.assertEqual(list(maps), NAMES)
+        close(maps["__call__[0]"], logits, 1e-6)
+        close(maps["__call__[1]['maps']"], rest["maps"], 1e-6)
+        for start, block, call in (
+            (x, "b", ""),
+            (maps["b"], "a", ""),
+            (maps["between"], "b", "#2"),
+        ):
+            total = maps[f"{block}/sum{call}"]
+            close(total, start + maps[f"{block}/drop{call}"], 1e-6)
+            close(maps[block + call], jax.nn.relu(total), 0)
+
+    def test_names_keep_their_order_under_jit(self):
+        net, x = Net(), draw(0, 4, 5, 6, 3)
+        variables = net.init(KEY, x)
+        maps = jax.jit(lambda *inputs: spectra.capture(net, *inputs))(variables, x)
+        self.assertEqual(list(maps), NAMES)
+        self.assertEqual(list(nnx.jit(spectra.capture)(NetNNX(), x)), NAMES)
+
+    def test_parts_of_an_output(self):
+        net, x = nn.RNN(nn.LSTMCell(3), name="rnn"), jnp.ones((2, 4, 3), jnp.bfloat16)
+        maps = spectra.capture(net, net.init(KEY, x), x, return_carry=True)
+        shapes = {"__call__[0][0]": (2, 3), "__call__[0][1]": (2, 3), "__call__[1]": (2, 4, 3)}
+        self.assertEqual({name: y.shape for name, y in maps.items()}, shapes)
+
+    def test_scanned_layers_are_stacked(self):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.Dense(3, name="dense")(x), None
+
+        axes = {"params": 0, "intermediates": 0}
+        stack = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=5)()
+        x = draw(0, 4, 3)
+        maps = spectra.capture(stack, stack.init(KEY, x, None), x, None)
+        self.assertEqual(maps["dense"].shape, (5, 4, 3))
+
+    @parameterized.parameters(
+        (lambda x: x, (jnp.ones((2, 3)),), "not a module"),
+        (nnx.Linear, (jnp.ones((2, 3)),), "not a module"),
+        (nn.Dense(3), (), "variables"),
+        (nn.Dense(3), (jnp.ones((2, 3)),), "variables"),
+    )
+    def test_rejects(self, model, args, message):
+        with self.assertRaisesRegex(TypeError, message):
+            spectra.capture(model, *args)
+
+
+def oracle(x, bands, with_mean):
+    x = np.asarray(x, "float64")
+    sizes, axes = x.shape[1:-1], tuple(range(1, x.ndim - 1))
+    power = np.mean(np.abs(np.fft.fftn(x, axes=axes)) ** 2, 0)
+    grid = np.meshgrid(*map(np.fft.fftfreq, sizes), indexing="ij")
+    radius = np.sqrt(np.sum(np.square(grid), 0) / (len(sizes) / 4))
+    band = np.ceil((bands - 1) * radius - 1e-9)
+    counted = power.reshape(-1, x.shape[-1])[0 if with_mean else 1 :]
+    flatness = np.exp(np.mean(np.log(counted), 0)) / np.mean(counted, 0)
+    return spectra.Measures(
+        np.sqrt(np.mean(x**2)),
+        np.mean([np.linalg.norm(sample) for sample in x]),
+        np.quantile(np.abs(x), 0.999),
+        np.max(np.abs(x)),
+        np.mean(flatness),
+        np.array([np.sum(power[band == i]) for i in range(bands)]) / np.sum(power),
+    )
+
+
+def measure(x, **options):
+    return spectra.measure({"x": x}, **options)["x"]
+
+
+class MeasureTest(parameterized.TestCase):
+    @parameterized.product(
+        shape=((5, 7, 3), (4, 8, 1), (4, 6, 8, 3), (4, 5, 7, 3), (1, 9, 4, 2), (3, 4, 5, 6, 2)),
+        options=(dict(bands=8, with_mean=False), dict(bands=1, with_mean=True)),
+    )
+    def test_oracle(self, shape, options):
+        x = 1 + draw(0, *shape) * np.arange(1, 1 + shape[-1], dtype="float32")
+        close(measure(x, **options), oracle(x, **options), 2e-5)
+        with jax.enable_x64(True):
+            close(measure(x.astype("float64"), **options), oracle(x, **options), 1e-10)
+
+    @parameterized.parameters(1, 8)
+    def test_flatness_of_white_noise(self, samples):
+        """Powers are gamma variables; the mean of their logarithm is a digamma function."""
+        found = measure(draw(0, samples, 64, 64, 16)).flatness
+        np.testing.assert_allclose(found, np.exp(digamma(samples)) / samples, rtol=0.01)
+
+    @parameterized.parameters((8, 1), (6, 2), (5, 3))
+    def test_impulse_is_flat(self, size, axes):
+        x = np.zeros((2, *axes * (size,), 3), "float32")
+        x[(slice(None), *axes * (1,))] = 2
+        found = measure(x)
+        white = oracle(x, 8, False).shares
+        close((found.flatness, found.shares), (1.0, white), 1e-5)
+
+    @parameterized.parameters(0, 1.7, -1000)
+    def test_constant(self, value):
+        found = measure(jnp.full((2, 7, 6, 3), float(value)))
+        close(found, oracle_of_constant(abs(value)), 2e-5)
+
+    def test_constant_channels_do_not_count_in_the_flatness(self):
+        x = draw(0, 4, 7, 6, 3)
+        wide = np.concatenate([x, np.zeros_like(x), np.full_like(x, 1.7)], -1)
+        close(measure(wide).flatness, measure(x).flatness, 1e-6)
+
+    @parameterized.parameters(1e30, 1e-30)
+    def test_any_scale(self, scale):
+        x = draw(0, 4, 7, 6, 3)
+        found, expected = measure(x * np.float32(scale)), measure(x)
+        sizes = [value / np.float32(scale) for value in found[:4]]
+        close((sizes, found[4:]), (list(expected[:4]), expected[4:]), 1e-5)
+
+    def test_nan_is_not_hidden(self):
+        x = draw(0, 2, 7, 6, 3)
+        x[1, 2, 3, 0] = np.nan
+        self.assertTrue(all(np.isnan(value).all() for value in measure(x)))
+
+    @parameterized.parameters("bfloat16", "float16")
+    def test_half_precision(self, dtype):
+        x = jnp.asarray(300 * draw(0, 4, 7, 6, 3), dtype)
+        found, expected = measure(x), measure(x.astype("float32"))
+        chex.assert_trees_all_equal_dtypes(found, expected)
+        close(found, expected, 1e-6)
+
+    @parameterized.parameters((3, 4), (2, 2, 2, 2, 2, 3))
+    def test_without_spectrum(self, *shape):
+        found = measure(draw(0, *shape))
+        self.assertEqual(found[4:], (None, None))
+
+    def test_jit_keeps_order_and_measures_alone(self):
+        net, x = Net(), draw(0, 4, 5, 6, 3)
+        variables = net.init(KEY, x)
+        found = jax.jit(lambda *inputs: spectra.measure(spectra.capture(net, *inputs)))(
+            variables, x
+        )
+        self.assertEqual(list(found), NAMES)
+        close(found, spectra.measure(spectra.capture(net, variables, x)), 2e-5)
+
+    def test_rejects_an_array(self):
+        with self.assertRaisesRegex(TypeError, "dict"):
+            spectra.measure(jnp.ones((2, 3)))
+
+    @parameterized.parameters(
+        (jnp.ones((2, 3), int), {}, TypeError, "'x' has dtype int32"),
+        (jnp.ones((2, 3), complex), {}, TypeError, "'x' has dtype complex64"),
+        (jnp.ones(3), {}, ValueError, r"'x' has shape \(3,\)"),
+        (jnp.ones((0, 3, 3, 2)), {}, ValueError, r"'x' has shape \(0, 3, 3, 2\)"),
+        (jnp.ones((2, 3)), dict(bands=0), ValueError, "bands=0"),
+        (jnp.ones((2, 3)), dict(bands=2.0), ValueError, "bands=2.0"),
+    )
+    def test_rejects(self, x, options, error, message):
+        with self.assertRaisesRegex(error, message):
+            measure(x, **options)
+
+
+def oracle_of_constant(value):
+    share = float(value > 0)
+    return spectra.Measures(
+        *(np.float32(value * factor) for factor in (1, np.sqrt(7 * 6 * 3), 1, 1)),
+        np.float32(0),
+        np.array([share, 0, 0, 0, 0, 0, 0, 0], "float32"),
+    )
+
+
+def history(steps=7):
+    """Maps that grow, one without spatial axes, one that is zero, and one that diverges."""
+    x = jnp.asarray(draw(0, 2, 6, 6, 3))
+    return {
+        10 * step: spectra.measure(
+            {
+                "grows": x * (step + 1),
+                "flat": x[:, 0, 0],
+                "zero": jnp.zeros_like(x),
+                "diverges": x / (steps - 1 - step),
+            },
+            bands=3,
+        )
+        for step in range(steps)
+    }
+
+
+class HistoryTest(parameterized.TestCase):
+    def test_table(self):
+        found = history()
+        rows = spectra.table(found)
+        self.assertEqual(list(rows[0])[:4], ["step", "depth", "map", "rms"])
+        self.assertEqual([row["step"] for row in rows[::4]], list(found))
+        self.assertEqual([row["map"] for row in rows[:4]], list(found[0]))
+        self.assertEqual([row["depth"] for row in rows[:4]], [0, 1, 2, 3])
+        last = found[60]["grows"]
+        self.assertEqual(rows[-4]["maximum"], float(last.maximum))
+        self.assertEqual([rows[-4][f"share_{i}"] for i in range(3)], last.shares.tolist())
+        self.assertEqual([rows[1][key] for key in ("flatness", "share_0")], [None, None])
+        writer = csv.DictWriter(io.StringIO(), rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+    def test_plot_over_depth_and_steps(self):
+        found = history()
+        figure = spectra.plot(found, maps=("flat", "grows"))
+        depth, steps = figure.axes[:2]
+        self.assertEqual(
+            [line.get_label() for line in depth.lines], [f"step {i}" for i in (0, 20, 30, 40, 60)]
+        )
+        rms = np.array([[float(found[i][name].rms) for name in ("grows", "flat")] for i in found])
+        drawn = [np.array([line.get_ydata() for line in axes.lines]) for axes in (depth, steps)]
+        close(drawn, [rms[[0, 2, 3, 4, 6]], rms.T], 0)
+        names = [label.get_text() for label in figure.axes[-2].get_xticklabels()]
+        self.assertEqual(names, ["grows", "flat"])
+        heights = [bar.get_height() for bar in figure.axes[-2].patches[::2]]
+        close(heights, found[60]["grows"].shares.tolist(), 0)
+
+    def test_plot_without_any_spectrum(self):
+        found = {step: spectra.measure({"a": jnp.ones((2, 3))}) for step in range(2)}
+        spectra.plot(found).savefig(io.BytesIO(), dpi=20)
+
+    @parameterized.product(
+        steps=(1, 2),
+        options=(
+            dict(),
+            dict(measures=["shares"]),
+            dict(measures=("shares", "norm")),
+            dict(maps=["flat"]),
+            dict(maps=["zero"]),
+            dict(maps=["diverges"], measures=("maximum", "flatness", "shares")),
+        ),
+    )
+    def test_plot_draws(self, steps, options):
+        figure = spectra.plot(history(steps), **options)
+        self.assertLen(figure.axes, steps * len(options.get("measures", range(6))))
+        figure.savefig(io.BytesIO(), dpi=20)
+
+    @parameterized.parameters(
+        (lambda: spectra.table({}), "no maps"),
+        (lambda: spectra.table({0: {}}), "no maps"),
+        (lambda: spectra.plot({}), "no maps"),
+        (lambda: spectra.table(history() | {90: spectra.measure({"a": jnp.ones((2, 3))})}), "maps"),
+        (lambda: spectra.plot(history(), maps=["missing"]), "missing"),
+        (lambda: spectra.plot(history(), maps=[]), "none"),
+        (lambda: spectra.plot(history(), measures=["size"]), "size"),
+    )
+    def test_rejects(self, call, message):
+        with self.assertRaisesRegex(ValueError, message):
+            call()
