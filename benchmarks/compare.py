@@ -153,13 +153,15 @@ def _arm(model, text, groups, config, inputs, classes):
     if model == "mlp" and _needs_positions(method):
         note = "the layers are [N, C], without positions to normalize over"
         return Arm(model, text, text, note=note)
-    layer = text
+    layer, early = text, nj.BatchNorm() if config.placement == "deep" else None
     of_batch = getattr(method, "depends_on_train", True)
     if groups > 1 and of_batch and not isinstance(method, nj.Ghost):
         layer = f"Ghost({text}, groups={groups})"
+    if groups > 1 and early is not None:
+        early = nj.Ghost(early, groups=groups)
     try:
         method = methods.parse(layer)
-        how = {"classes": classes, "width": config.width, "depth": config.depth}
+        how = {"classes": classes, "width": config.width, "depth": config.depth, "early": early}
         network = models.build(model, method, **how)
         params = training.shapes(network, inputs, config.batch_size)
     except (ValueError, TypeError, NameError) as error:
@@ -316,7 +318,8 @@ def _finite(curves):
 
 def _needs_positions(method):
     inside = [*getattr(method, "methods", ()), getattr(method, "method", None)]
-    return isinstance(method, nj.InstanceNorm) or any(_needs_positions(m) for m in inside if m)
+    positions = isinstance(method, nj.InstanceNorm | nj.SpectralBatchNorm)
+    return positions or any(_needs_positions(m) for m in inside if m)
 
 
 def _next_free(name):

@@ -48,13 +48,22 @@ class Residual(nn.Module):
     """Residual network of pre-activation basic blocks, https://arxiv.org/abs/1603.05027.
 
     A stage halves the resolution and doubles the channels of the one before. Images under 16
-    pixels have two stages, others three.
+    pixels have two stages, others three. Every block sows what its branch adds and the sum, under
+    its name and "/branch" and "/sum".
+
+    Attributes:
+      norm: makes a normalization.
+      classes: number of classes.
+      width: channels of the first stage.
+      depth: blocks of each stage.
+      early: makes the normalizations of maps larger than those of the last stage; None: `norm`.
     """
 
     norm: Callable[..., nn.Module]
     classes: int
     width: int = 16
     depth: int = 1
+    early: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -64,9 +73,11 @@ class Residual(nn.Module):
         def normalize(x):
             nonlocal layer
             layer += 1
-            return nn.relu(self.norm(name=f"norm_{layer}")(x, use_running_average=not train))
+            norm = self.norm if x.shape[1] <= last or self.early is None else self.early
+            return nn.relu(norm(name=f"norm_{layer}")(x, use_running_average=not train))
 
         stages = 2 if x.shape[1] < 16 else 3
+        last = -(-x.shape[1] // 2 ** (stages - 1))  # size of the maps of the last stage
         x = conv(self.width, 3, 1, "stem")(x)
         for stage in range(stages):
             for block in range(self.depth):
@@ -77,15 +88,25 @@ class Residual(nn.Module):
                 if stride > 1:
                     x = conv(features, 1, stride, f"{name}_shortcut")(y)
                 y = conv(features, 3, stride, f"{name}_conv_1")(y)
-                x += conv(features, 3, 1, f"{name}_conv_2")(normalize(y))
+                y = conv(features, 3, 1, f"{name}_conv_2")(normalize(y))
+                x += y
+                self.sow("intermediates", f"{name}/branch", y)
+                self.sow("intermediates", f"{name}/sum", x)
         return nn.Dense(self.classes, name="head")(normalize(x).mean((1, 2)))
 
 
 class MLP(nn.Module):
-    """Three hidden layers of 128 units, each normalized before its ReLU."""
+    """Three hidden layers of 128 units, each normalized before its ReLU.
+
+    Attributes:
+      norm: makes a normalization.
+      classes: number of classes.
+      early: makes the normalizations of all layers but the last; None: `norm`.
+    """
 
     norm: Callable[..., nn.Module]
     classes: int
+    early: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -94,17 +115,37 @@ class MLP(nn.Module):
         init = nn.initializers.he_normal()
         for layer in range(1, 4):
             x = nn.Dense(128, use_bias=False, kernel_init=init, name=f"dense_{layer}")(x)
-            norm = self.norm(name=f"norm_{layer}")
-            x = nn.relu(norm(x, use_running_average=not train))
+            norm = self.norm if layer == 3 or self.early is None else self.early
+            x = nn.relu(norm(name=f"norm_{layer}")(x, use_running_average=not train))
         return nn.Dense(self.classes, name="head")(x)
 
 
 MODELS = ("residual", "mlp")
+PLACEMENTS = ("all", "deep")
 
 
-def build(model: str, method: Any, *, classes: int, width: int = 16, depth: int = 1) -> nn.Module:
-    """The network `model` with `method` as each of its normalizations."""
+def build(
+    model: str,
+    method: Any,
+    *,
+    classes: int,
+    width: int = 16,
+    depth: int = 1,
+    early: Any = None,
+) -> nn.Module:
+    """The network `model` with `method` as each of its normalizations.
+
+    Args:
+      model: one of `MODELS`.
+      method: the method.
+      classes: number of classes.
+      width: channels of the first stage of the residual network.
+      depth: blocks of each of its stages.
+      early: a method for all layers before the last one (mlp) or those whose maps are larger than
+        in the last stage (residual); None: `method`.
+    """
     norm = partial(Norm, method=method)
+    first = None if early is None else partial(Norm, method=early)
     if model == "mlp":
-        return MLP(norm, classes)
-    return Residual(norm, classes, width, depth)
+        return MLP(norm, classes, first)
+    return Residual(norm, classes, width, depth, first)

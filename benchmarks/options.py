@@ -24,6 +24,7 @@ class Config:
         "Ghost(BatchNorm(), groups=4)",
     )
     model: tuple[str, ...] = models.MODELS
+    placement: str = "all"
     seeds: int = 5
     epochs: int = 15
     batch_size: int = 32
@@ -84,6 +85,8 @@ def _parser():
     text = "methods with their fields, such as 'Ghost(BatchNorm(), groups=4)'"
     option("methods", text, nargs="+", metavar="METHOD")
     option("model", "networks", nargs="+", choices=models.MODELS)
+    text = "where the methods stand: in all layers, or in the last stage behind BatchNorm ones"
+    option("placement", text, choices=models.PLACEMENTS)
     option("seeds", "number of seeds", type=_whole)
     option("epochs", "number of epochs", type=_whole)
     option("batch-size", "images per gradient step", type=_whole)

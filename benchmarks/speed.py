@@ -1,5 +1,8 @@
 """Times normjax beside flax.linen, and PyTorch where installed: `python -m benchmarks.speed`.
 
+Spectral norms stand beside flax.linen's BatchNorm, a plain implementation with `jnp.fft`, and no
+more than a transform and its inverse.
+
 A training step (forward and backward pass with a given cotangent, in one compiled program) of each
 method is timed in turns with its peers. Beside the time ratios stand what does not depend on the
 machine's mood: bytes accessed and temporaries of the compiled program and the bytes that reverse
@@ -7,8 +10,10 @@ mode keeps, all in units of the input.
 """
 
 import argparse
+import functools
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +37,10 @@ CASES = {
     "InstanceNorm": IMAGES,
     "LayerNorm": TOKENS,
     "RMSNorm": TOKENS,
+    "SpectralBatchNorm": IMAGES,
+    "SpectralBatchNorm, half": IMAGES,
+    "SpectralBatchNorm, frequency": IMAGES,
+    "SpectralBatchNorm, frequency, fft": IMAGES,
 }
 # Passes over the activation, forward and backward, that no schedule goes below: two kernels each
 # way where statistics cross samples, one each way where a sample's row or group fits on chip.
@@ -103,7 +112,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             rows.append(measure(*case, peer, options.rounds, repeats=20 if gpu else 1))
             progress.advance(task)
     results = {
-        "command": "python -m benchmarks.speed " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]),
         "machine": describe(),
         "versions": {"jax": jax.__version__, "flax": flax.__version__},
         "rows": rows,
@@ -135,7 +144,7 @@ def measure(
     x, g = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in range(2))
     row: dict[str, Any] = {"method": method, "shape": list(shape), "dtype": dtype}
     turns: dict[str, Callable[[], float]] = {}
-    for name, (variables, apply) in _programs(method, shape[-1]).items():
+    for name, (variables, apply) in _programs(method, shape[1:-1], shape[-1]).items():
 
         def step(variables, x, g, apply=apply):
             (y, new), pullback = jax.vjp(lambda v, x: apply(v, x), variables, x)
@@ -177,14 +186,15 @@ def _static(compiled):
     return compiled.cost_analysis()["bytes accessed"], compiled.memory_analysis().temp_size_in_bytes
 
 
-def _programs(method, channels):
-    """normjax's and Flax's variables and `apply(variables, x) -> (y, new statistics)`."""
+def _programs(method, sizes, channels):
+    """Variables and `apply(variables, x) -> (y, new statistics)` of normjax and its peers."""
     import jax
     import jax.numpy as jnp
     from flax import linen as nn
 
     import normjax as nj
 
+    spectral = functools.partial(nj.SpectralBatchNorm, statistics="frequency", map_size=sizes)
     ours = {
         "BatchNorm": lambda: nj.BatchNorm(),
         "BatchNorm, relu": lambda: nj.BatchNorm(activation=jax.nn.relu),
@@ -193,9 +203,12 @@ def _programs(method, channels):
         "InstanceNorm": lambda: nj.InstanceNorm(),
         "LayerNorm": lambda: nj.LayerNorm(),
         "RMSNorm": lambda: nj.RMSNorm(),
+        "SpectralBatchNorm": lambda: nj.SpectralBatchNorm(),
+        "SpectralBatchNorm, half": lambda: nj.SpectralBatchNorm(spectrum="half"),
+        "SpectralBatchNorm, frequency": lambda: spectral(),
+        "SpectralBatchNorm, frequency, fft": lambda: spectral(route="fft"),
     }[method]()
-    peers = {"Ghost, 4 groups": "BatchNorm", "BatchNorm, relu": "BatchNorm"}
-    kind = peers.get(method) or method
+    kind = method if hasattr(nn, method) else "BatchNorm"
     switch = {"use_running_average": False} if kind == "BatchNorm" else {}
     theirs = getattr(nn, kind)(**switch)
     variables = theirs.init(jax.random.key(0), jnp.ones((2, 2, 2, channels)))
@@ -208,7 +221,29 @@ def _programs(method, channels):
     def normjax(variables, x):
         return ours.apply(*variables, x, train=True)
 
-    return {"normjax": (ours.init(None, channels), normjax), "flax": (variables, flax)}
+    programs = {"normjax": (ours.init(None, channels), normjax), "flax": (variables, flax)}
+    if isinstance(ours, nj.SpectralBatchNorm):
+        params = jnp.ones(channels), jnp.zeros(channels)
+        programs["plain_fft"] = params, functools.partial(_plain_fft, ours)
+        programs["fft_pair"] = params, functools.partial(_plain_fft, None)
+    return programs
+
+
+def _plain_fft(method, variables, x):
+    """Spectral batch norm of [N, H, W, C] as its formula reads; no method: there and back only."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    (scale, bias), new = variables, ()
+    how: dict[str, Any] = {"axes": (1, 2), "norm": "ortho"}
+    spectrum = jnp.fft.rfft2(x.astype(jnp.float32), **how)
+    if method is not None:
+        axes = (0,) if method.statistics == "frequency" else (0, 1, 2)
+        mean = spectrum.mean(axes, keepdims=True)
+        var = jnp.square(jnp.abs(spectrum - mean)).mean(axes, keepdims=True)
+        spectrum = (spectrum - mean) * lax.rsqrt(var + method.epsilon) * scale + bias
+        new = lax.stop_gradient((mean, var))
+    return jnp.fft.irfft2(spectrum, x.shape[1:3], **how).astype(x.dtype), new
 
 
 def _kept(apply, variables, x):
@@ -272,6 +307,8 @@ def show(results: dict[str, Any]) -> None:
         "ms",
         "/ flax",
         "/ torch",
+        "/ plain FFT",
+        "/ FFT pair",
         "bytes (flax, bound)",
         "kept (flax)",
         "temporary (flax)",
@@ -280,14 +317,17 @@ def show(results: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name in ("method", "shape", "dtype") else "right")
     for row in results["rows"]:
         ratio = "{ratio_flax:.2f} [{ratio_flax_low:.2f}, {ratio_flax_high:.2f}]".format(**row)
-        torch = "{ratio_torch:.2f}".format(**row) if "ratio_torch" in row else ""
+        others = (
+            f"{row[name]:.2f}" if (name := f"ratio_{peer}") in row else ""
+            for peer in ("torch", "plain_fft", "fft_pair")
+        )
         table.add_row(
             row["method"],
             "x".join(map(str, row["shape"])),
             row["dtype"],
             f"{row['normjax_ms']:.2f}",
             ratio,
-            torch,
+            *others,
             "{normjax_bytes:.1f} ({flax_bytes:.1f}, {lower_bound})".format(**row),
             "{normjax_kept:.2f} ({flax_kept:.2f})".format(**row),
             "{normjax_temporaries:.2f} ({flax_temporaries:.2f})".format(**row),

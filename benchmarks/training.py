@@ -134,7 +134,7 @@ def compile(
             images, labels = inputs.train_images[indices], inputs.train_labels[indices]
             if augment:
                 images = _augment(key, images, images.shape[1] // 8, flip)
-            images = _scale(images, inputs)
+            images = scale(images, inputs)
 
             def loss(params):
                 logits, new = _call(network, params, batch_stats, images, key)
@@ -161,7 +161,7 @@ def compile(
         variables = {"params": state.params, "batch_stats": state.batch_stats}
 
         def batch(images, labels):
-            logits: Any = network.apply(variables, _scale(images, inputs), train=False)
+            logits: Any = network.apply(variables, scale(images, inputs), train=False)
             losses = jnp.where(labels >= 0, _cross_entropy(logits, labels), 0.0)
             return losses.sum(), jnp.sum(logits.argmax(-1) == labels)
 
@@ -204,7 +204,8 @@ def _call(network, params, batch_stats, images, key):
     return logits, new.get("batch_stats", {})
 
 
-def _scale(images, inputs):
+def scale(images: jax.Array, inputs: Inputs) -> jax.Array:
+    """Images with every channel at mean zero and variance one over the train pixels, float32."""
     return (images.astype(jnp.float32) - inputs.mean) / inputs.std
 
 

@@ -376,3 +376,12 @@ def test_help(capsys):
     out = capsys.readouterr().out
     assert "--statistics-batch" in out
     assert "GroupNorm(num_groups=4)" in out
+
+
+def test_placement_leaves_batch_norm_before_the_last_layer(tmp_path, capsys):
+    argv = ["--model", "mlp", "--methods", "Affine(use_bias=False)", "--placement", "deep"]
+    argv += ["--seeds", "1", "--epochs", "1", "--train-size", "64", "--batch-size", "32"]
+    assert call(capsys, *argv, "--output", tmp_path / "run")[0] == 0
+    (run,) = load(tmp_path / "run")["runs"]
+    dense = 64 * 128 + 2 * 128 * 128 + 1290
+    assert run["parameters"] == dense + 2 * (128 + 128) + 128
