@@ -171,9 +171,7 @@ def affine(
     """
     mean, bias = (jnp.zeros_like(gain) if a is None else a for a in (mean, bias))
     mean, gain, bias = (a.astype(wide(x.dtype)) for a in (mean, gain, bias))
-    zero = jnp.zeros_like(mean) + jnp.zeros_like(gain) + jnp.zeros_like(bias)
-    how = activation, output_dtype(dtype, x)
-    return _affine(x, mean + zero, gain + zero, bias + zero, *how)
+    return _affine(x, mean, gain, bias, activation, output_dtype(dtype, x))
 
 
 def _fence_tree(*tree):
@@ -182,13 +180,15 @@ def _fence_tree(*tree):
     return jax.tree.unflatten(structure, fence(*leaves))
 
 
-def _reduced(small, x):
-    return tuple(i for i, n in enumerate(small.shape) if n != x.shape[i])
+def _sum_to(a, small):
+    """Sum over the axes that `small` lacks."""
+    lacking = tuple(i for i, n in enumerate(small.shape) if n != a.shape[i])
+    return jnp.sum(a, lacking, keepdims=True) if lacking else a
 
 
 def total_over(a: jax.Array, small: jax.Array) -> jax.Array:
     """Sum over the axes that `small` lacks; fenced, or XLA would make a pass for a sum of sums."""
-    return fence(jnp.sum(a, _reduced(small, a), keepdims=True))[0]
+    return fence(_sum_to(a, small))[0]
 
 
 def output_dtype(dtype: Any, x: jax.Array) -> Any:
@@ -210,20 +210,23 @@ def _affine_tangent(activation, dtype, saved, tangents):
 
 
 def _affine_transpose(activation, saved, g):
+    x, *small = saved
+    zero = sum(jnp.zeros_like(a) for a in small)
+
     def inputs(*after):
         """Cotangent before the activation, centred input, gain: for a pass after `after`'s."""
-        zero = jnp.zeros_like(saved[2])
-        h, x, mean, gain, bias, zero, *_ = fence(g, *saved, zero, *after)
+        h, x, mean, gain, bias, zeros, *_ = fence(g, *saved, zero, *after)
         centred = widen(x) - mean
-        h = activation_cotangent(activation, centred * gain + bias, widen(h), zero)
+        h = activation_cotangent(activation, centred * gain + bias, widen(h), zeros)
         return h, centred, gain
 
-    h, _, gain = inputs()
-    total = total_over(h, gain)
+    h, *_ = inputs()
+    total = total_over(h, zero)
     h, centred, _ = inputs(total)
-    slope = total_over(h * centred, gain)
+    slope = total_over(h * centred, zero)
     h, _, gain = inputs(slope)
-    return (h * gain).astype(saved[0].dtype), -total * saved[2], slope, total
+    cotangents = map(_sum_to, (-total * small[1], slope, total), small)
+    return (h * gain).astype(x.dtype), *cotangents
 
 
 @_affine.defjvp

@@ -176,12 +176,12 @@ def _centre(inputs, mask, patch):
     return z if mask is None else keep(mask, z)
 
 
-def _fold(z, layout):
+def _fold(x, layout):
     """Sums along the last spatial axis; of even size: of its even and of its odd positions."""
     axis, width = layout.spatial[-1], layout.sizes[-1]
     if width % 2:
-        return jnp.sum(z, axis, keepdims=True)
-    return jnp.sum(groups.split(z, axis, width // 2), axis)
+        return jnp.sum(widen(x), axis, keepdims=True)
+    return jnp.sum(widen(*fence(groups.split(x, axis, width // 2))), axis)
 
 
 def _unfold(e, x, layout):
@@ -193,11 +193,33 @@ def _unfold(e, x, layout):
     return groups.join(jnp.broadcast_to(jnp.expand_dims(e, axis), shape), axis, like=x)
 
 
-def _folded(x, real, imag, mask, how):
-    """`_fold` of the centred `x`, made of that of `x` in a pass of its own."""
-    patch = _patch(how, real.dtype)
-    z = _centre(fence(x, real, imag), mask, patch)
-    return fence(_fold(z, how[0]))[0]
+def _folds(x, layout):
+    """`_fold` in a pass of its own."""
+    return fence(_fold(*fence(x), layout))[0]
+
+
+def _centre_folds(folds, real, imag, mask, how):
+    """What `_folds` makes of the centred input, from what it makes of the input."""
+    patch, (layout, _) = _patch(how, real.dtype), how
+    row = patch.at * _fold(real * patch.of_one + imag * patch.of_i, layout)
+    return folds - (row if mask is None else keep(mask, row))
+
+
+def _energy(inputs, mask, how):
+    """Sum of squares of the centred input, which is the input but for what `_slice` keeps of it."""
+    patch, (layout, _) = _patch(how, inputs[1].dtype), how
+    x, real, imag = fence(*inputs)
+    if not patch.axes:
+        z = _centre((x, real, imag), mask, patch)
+        return jnp.sum(jnp.square(z), _others(layout), keepdims=True)
+    axis = patch.axes[0]
+    rest = tuple(i for i in _others(layout) if i != axis)
+    rows = fence(jnp.sum(jnp.square(widen(x)), rest, keepdims=True))[0]
+    first = np.expand_dims(np.arange(x.shape[axis]) == 0, rest + layout.features)
+    rows = jnp.sum(keep(jnp.asarray(~first), rows), axis, keepdims=True)
+    patch = patch._replace(at=patch.at.take([0], axis))
+    z = _centre((_slice(x, (axis,)), real, imag), mask, patch)
+    return rows + jnp.sum(jnp.square(z), _others(layout), keepdims=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -210,26 +232,22 @@ def _spatial_moments(x, mask, n, how):
     real, imag = (
         jnp.sum(row * table, layout.spatial, keepdims=True) for table in (patch.real, patch.imag)
     )
+    square = _energy((x, real, imag), mask, how)
     if not half:
-        z = _centre(fence(x, real, imag), mask, patch)
-        return real, imag, jnp.sum(jnp.square(z), _others(layout), keepdims=True) / n
+        return real, imag, square / n
     # Of the energy of the stored half plane, half is that of the plane, and half that of the
     # columns that are their own mirror images: the zero frequency and, for even W, the last one.
     # These do not carry the imaginary part of the mean.
     width, stored = layout.sizes[-1], layout.stored[-1]
     mirrors = 2 - width % 2
-    folded = _folded(x, real, imag, mask, how)
-    *inputs, folded = fence(x, real, imag, folded)
-    square, own = (
-        jnp.sum(jnp.square(a), _others(layout), keepdims=True)
-        for a in (_centre(inputs, mask, patch), folded)
-    )
+    own = _centre_folds(_folds(x, layout), real, imag, mask, how)
+    own = jnp.sum(jnp.square(own), _others(layout), keepdims=True)
     square = width * square + mirrors * own
     return real, imag, square / (2 * stored * n) + mirrors / stored * jnp.square(imag)
 
 
 def _spatial_moments_tangent(how, saved, dx):
-    (x, real, imag, folded, mask, n), (layout, half) = saved, how
+    (x, real, imag, folds, mask, n), (layout, half) = saved, how
     patch = _patch(how, n.dtype)
     dx = widen(dx) if mask is None else keep(mask, widen(dx))
     row = jnp.sum(_slice(dx, patch.axes), layout.batch, keepdims=True) / n
@@ -240,13 +258,14 @@ def _spatial_moments_tangent(how, saved, dx):
     slope = 2 * jnp.sum(z * dx, _others(layout), keepdims=True)
     if half:
         width, stored = layout.sizes[-1], layout.stored[-1]
-        both = jnp.sum(folded * _fold(dx, layout), _others(layout), keepdims=True)
+        folds = _centre_folds(folds, real, imag, mask, how)
+        both = jnp.sum(folds * _fold(dx, layout), _others(layout), keepdims=True)
         slope = (width * slope + 2 * (2 - width % 2) * both) / (2 * stored)
     return dreal, dimag, slope / n
 
 
 def _spatial_moments_transpose(how, saved, cotangents):
-    (x, real, imag, folded, mask, n), (layout, half) = saved, how
+    (x, real, imag, folds, mask, n), (layout, half) = saved, how
     patch = _patch(how, n.dtype)
     dreal, dimag, dvar = (c / n for c in cotangents)
     row, slope = dreal * patch.real + dimag * patch.imag, 2 * dvar
@@ -254,12 +273,13 @@ def _spatial_moments_transpose(how, saved, cotangents):
         x, real, imag, row, slope = fence(x, real, imag, row, slope)
         dx = _centre((x, real, imag), None, patch) * slope + patch.at * row
     else:
-        width, stored = layout.sizes[-1], layout.stored[-1]
-        slope = slope / (2 * stored)
-        folded = folded * (slope * (2 - width % 2))
-        x, real, imag, row, slope, folded = fence(x, real, imag, row, slope * width, folded)
-        dx = _centre((x, real, imag), None, patch) * slope + patch.at * row
-        dx = dx + _unfold(folded, x, layout)
+        width, slope = layout.sizes[-1], slope / (2 * layout.stored[-1])
+        mirrors = 2 - width % 2
+        centre = real * patch.of_one + imag * patch.of_i
+        centre = width * centre + mirrors * _unfold(_fold(centre, layout), centre, layout)
+        row = row - centre * slope
+        x, folds, row, slope, twin = fence(x, folds, row, slope * width, slope * mirrors)
+        dx = widen(x) * slope + _unfold(folds, x, layout) * twin + patch.at * row
     return (dx if mask is None else keep(mask, dx)).astype(x.dtype)
 
 
@@ -269,8 +289,8 @@ def _(how, primals, tangents):
     real, imag, var = _spatial_moments(x, mask, n, how)
     tangent = functools.partial(_spatial_moments_tangent, how)
     transpose = functools.partial(_spatial_moments_transpose, how)
-    folded = _folded(x, real, imag, mask, how) if how[1] else None
-    saved = x, real, imag, folded, mask, n
+    folds = _folds(x, how[0]) if how[1] else None
+    saved = x, real, imag, folds, mask, n
     return (real, imag, var), linear(tangent, transpose, saved, tangents[0])
 
 

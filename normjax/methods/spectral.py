@@ -12,6 +12,7 @@ from jax import lax
 
 from normjax.core import checks, passes, running, spectra, sync
 from normjax.core.activation import activate
+from normjax.core.linear import linear_p
 from normjax.core.structs import (
     AffineParams,
     Axes,
@@ -28,9 +29,10 @@ from normjax.core.tracing import traced_once
 LARGEST_PRODUCT = 64  # the longest axis for which "auto" multiplies by a matrix
 
 
-def _saves(size, primitive, *inputs, **_):
-    """Whether to keep what `primitive` makes for the backward pass: sums, and all of small."""
-    return primitive.name == "reduce_sum" or all(a.size < size for a in inputs)
+def _saves(transforms, primitive, *_, **__):
+    """Whether to keep what `primitive` makes for the backward pass: sums, and `transforms`."""
+    sums = primitive.name in ("reduce_sum", "psum", "psum_invariant")
+    return sums or (transforms and primitive is linear_p)
 
 
 class SpectralRunning(NamedTuple):
@@ -243,9 +245,11 @@ class SpectralBatchNorm:
             return self._normalize(x, spectrum, mean, var, params, layout), state
 
         batch = functools.partial(self._batch, layout=layout)
-        if self._route(layout) != "spatial" and x.dtype.itemsize < 4:
-            # The backward pass would keep spectra, of twice the bytes; it makes them again instead.
-            batch = jax.checkpoint(batch, policy=functools.partial(_saves, x.size // 2))
+        if self._route(layout) != "spatial":
+            # The many numbers of a spectrum's statistics are cheaper made again than kept, and so
+            # is, from an input in half precision, the spectrum, which would be twice its bytes.
+            policy = functools.partial(_saves, x.dtype.itemsize >= 4)
+            batch = jax.checkpoint(batch, policy=policy)
         y, now, each = batch(params, x, mask)
         new = now if each is None else each
         if self.unbiased_running_var:
