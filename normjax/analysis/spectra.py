@@ -422,28 +422,39 @@ def plot(
             if shares:
                 _draw_shares(row, steps, np.array(shares))
             continue
-        value = values(field)  # [steps, maps]
-        for i, color in zip(some, step_colors, strict=True):
-            row[0].plot(value[i], "o-", color=color, markersize=3, label=f"step {steps[i]}")
-        for axes in row[1:]:
-            for line, color in zip(value.T, map_colors, strict=True):
-                axes.plot(steps, line, color=color, linewidth=1)
-        if field != "flatness" and (value > 0).any():
+        _draw_lines(row, steps, some, values(field), (step_colors, map_colors))
+        if field != "flatness" and (values(field) > 0).any():
             row[0].set_yscale("log")
             row[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             row[0].yaxis.set_major_formatter("{x:g}")
             row[0].yaxis.set_minor_formatter("")
-    panels[-1, 0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
     lines = panels[[field != "shares" for field in measures]]
+    _label(panels, lines, shown, map_colors)
+    return figure
+
+
+def _draw_lines(row, steps, some, value, colors):
+    """Draws [steps, maps]: `some` steps over the maps, then every map over the steps."""
+    step_colors, map_colors = colors
+    for i, color in zip(some, step_colors, strict=True):
+        row[0].plot(value[i], "o-", color=color, markersize=3, label=f"step {steps[i]}")
+    for axes in row[1:]:
+        for line, color in zip(value.T, map_colors, strict=True):
+            axes.plot(steps, line, color=color, linewidth=1)
+
+
+def _label(panels, lines, shown, map_colors):
+    """Names the maps under the last row, and tells on the first row of lines what they are."""
+    panels[-1, 0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
     for axes in lines[:1, 0]:
-        axes.legend(ncols=len(some), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+        steps = len(axes.get_lines())
+        axes.legend(ncols=steps, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     for axes in lines[:1, 1:].flat:
         axes.set_title("a line per map, in the color of its name", fontsize=10)
     for axes in panels[-1, 1:]:
         axes.set_xlabel("step")
         for label, color in zip(panels[-1, 0].get_xticklabels(), map_colors, strict=True):
             label.set_color(color)
-    return figure
 
 
 def _draw_shares(row, steps, shares):
