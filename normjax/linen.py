@@ -141,6 +141,7 @@ def _module(method, *, like_flax=False):
 
 BatchNorm = _module(normjax.BatchNorm, like_flax=True)
 BatchRenorm = _module(normjax.BatchRenorm)
+InputNorm = _module(normjax.InputNorm)
 LayerNorm = _module(normjax.LayerNorm, like_flax=True)
 RMSNorm = _module(normjax.RMSNorm, like_flax=True)
 GroupNorm = _module(normjax.GroupNorm, like_flax=True)
@@ -160,6 +161,7 @@ __all__ = [
     "DynamicTanh",
     "Ghost",
     "GroupNorm",
+    "InputNorm",
     "InstanceNorm",
     "LayerNorm",
     "Norm",

@@ -246,6 +246,7 @@ def _check_promotion(name, promote):
 
 BatchNorm = _module(normjax.BatchNorm, like_flax=True)
 BatchRenorm = _module(normjax.BatchRenorm)
+InputNorm = _module(normjax.InputNorm)
 LayerNorm = _module(normjax.LayerNorm, like_flax=True)
 RMSNorm = _module(normjax.RMSNorm, like_flax=True, mask_second=True)
 GroupNorm = _module(normjax.GroupNorm, like_flax=True)
@@ -265,6 +266,7 @@ __all__ = [
     "DynamicTanh",
     "Ghost",
     "GroupNorm",
+    "InputNorm",
     "InstanceNorm",
     "LayerNorm",
     "Norm",

@@ -239,6 +239,43 @@ class GroupNorm(Norm):
         promote_dtype: Any = ...,
     ) -> None: ...
 
+class InputNorm(Norm):
+    axis: int | tuple[int, ...]
+    momentum: float
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        momentum: float = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 class InstanceNorm(Norm):
     epsilon: float
     dtype: Any
@@ -462,6 +499,7 @@ __all__ = [
     "DynamicTanh",
     "Ghost",
     "GroupNorm",
+    "InputNorm",
     "InstanceNorm",
     "LayerNorm",
     "Norm",

@@ -20,6 +20,7 @@ CASES = {
     ),
     "BatchRenorm": Subject(nj.BatchRenorm(r_max=1.5, d_max=0.5), (16, 3, 3, 4)),
     "BatchRenorm, ramps": Subject(nj.BatchRenorm(), (16, 4)),
+    "InputNorm": Subject(nj.InputNorm(scale_init=jax.nn.initializers.constant(0.1)), (16, 3, 3, 3)),
     "LayerNorm": Subject(nj.LayerNorm(), (16, 3, 6)),
     "LayerNorm, all axes": Subject(
         nj.LayerNorm(reduction_axes=(1, 2), feature_axes=(1, 2)), (16, 3, 4)

@@ -421,6 +421,7 @@ def _chain_gradients(method, params, state, x, g, mask):
 APPLY = {
     "BatchNorm": _batch_norm,
     "BatchRenorm": _batch_norm,
+    "InputNorm": _batch_norm,
     "LayerNorm": _stateless,
     "RMSNorm": _stateless,
     "GroupNorm": _stateless,

@@ -22,6 +22,7 @@ PREFIXES = (
     "channel_affine",
     "spectral_batch_norm",
     "spatial_spectral_batch_norm",
+    "scale_batch_norm",
 )
 FILES = [name for prefix in PREFIXES for name in vector_files.names(prefix)]
 SPECTRAL = (

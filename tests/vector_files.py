@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 
 import normjax as nj
@@ -67,6 +68,10 @@ def method(name):
     match kind:
         case "batch_norm":
             return nj.BatchNorm(**common, **running, unbiased_running_var=True)
+        case "scale_batch_norm":
+            start = config["scale_init"] if config["scale_init"] > 0 else 1.0
+            initial = {"scale_init": jax.nn.initializers.constant(start)}
+            return nj.BatchNorm(**common, **running, **initial, unbiased_running_var=True)
         case "instance_norm" if tracked:
             instances = nj.BatchNorm(**common, **running, unbiased_running_var=True)
             return nj.Ghost(method=instances, groups=len(arrays["x_1"]))

@@ -180,6 +180,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
+def number(
+    name: str, field: str, value: Any, low: float, *, above: bool = False, hint: str = ""
+) -> None:
+    """ValueError unless `value` is an array or a finite number >= `low` (`above`: > `low`)."""
+    if isinstance(value, jax.Array):
+        return
+    if not (is_number(value) and low <= value < math.inf) or (above and value == low):
+        rule = f"is not a finite number {'>' if above else '>='} {low:g}"
+        raise ValueError(f"{name}: {field}={value!r} {rule}.{hint and ' ' + hint}")
+
+
 def method(name: str, value: Any) -> None:
     """ValueError unless `value` has the two functions of a method."""
     broken = _method(value)

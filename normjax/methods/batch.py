@@ -1,8 +1,9 @@
-"""Batch normalization and batch renormalization."""
+"""Batch normalization, of inputs too, and batch renormalization."""
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,54 @@ class BatchNorm:
     def _normalize_batch(self, x, now: Moments, state: Running, params: AffineParams):
         del state
         return passes.normalize(self, x, now.mean, now.var, params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputNorm(BatchNorm):
+    """Batch normalization of a network's input, in place of the moments of the data set.
+
+    Davis & Frank, *Revisiting Batch Norm Initialization*, 2022, https://arxiv.org/abs/2110.13989,
+    and its public implementation (osu-cvl/revisiting-bn-init): a `BatchNorm` of the channels of
+    the images (in [0, 1] there) whose shift stays zero, so it has no bias, and whose scale starts
+    at what `scale_init` gives times the standard deviation of ReLU(z), z standard normal. With the
+    `scale_init` of the other norms the first layer sees inputs as large as those that later ones
+    get from a norm and a ReLU. The deviation: the density of z is even, so the mean square of
+    ReLU(z) is half that of z, 1/2; its mean is the integral of z exp(-z²/2) / sqrt(2 pi) over
+    z > 0, 1 / sqrt(2 pi). Hence the variance 1/2 - 1 / (2 pi) and the deviation 0.5838. (The
+    implementation rounds it to 0.58.)
+
+    The scale is a norm's scale to `normjax.optim.batch_norm_init_recipe`, and learns as slowly.
+
+    Attributes:
+      axis, momentum, epsilon, use_scale: as in `BatchNorm`.
+      scale_init: that of the other norms; see above.
+      dtype, param_dtype, axis_name, axis_index_groups, activation: as in `BatchNorm`.
+      running_average, unbiased_running_var, skip_nonfinite: as in `BatchNorm`.
+
+    Raises:
+      ValueError: as in `BatchNorm`.
+      TypeError: as in `BatchNorm`.
+
+    Example:
+      >>> import jax, normjax as nj
+      >>> method = nj.InputNorm(scale_init=jax.nn.initializers.constant(0.1))
+      >>> params, state = method.init(jax.random.key(0), 3)
+      >>> images = jax.random.uniform(jax.random.key(1), (8, 4, 4, 3))
+      >>> y, state = method.apply(params, state, images, train=True)
+      >>> f"{params.scale[0]:.4f} {y.std():.4f}", params.bias
+      ('0.0584 0.0584', None)
+    """
+
+    use_bias: ClassVar[bool] = False
+    bias_init: ClassVar[Callable[..., Any]] = jax.nn.initializers.zeros
+
+    def init(self, key: Key, features: Features) -> tuple[AffineParams, Running]:
+        """Scale (`param_dtype`), running mean 0 and variance 1 (float32), all [features]."""
+        params, state = super().init(key, features)
+        return jax.tree.map(lambda scale: scale * _RELU_DEVIATION, params), state
+
+
+_RELU_DEVIATION = math.sqrt(1 / 2 - 1 / (2 * math.pi))  # of the ReLU of a standard normal number
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,14 @@ class BatchNormTest(parameterized.TestCase):
     def test_vectors(self, name):
         agreement.check_vectors(name)
 
+    @parameterized.parameters(*vector_files.names("scale_batch_norm"))
+    def test_vectors_with_initial_scale(self, name):
+        agreement.check_vectors(name)
+        _, arrays = vector_files.load(name)
+        params, _ = vector_files.method(name).init(KEY, arrays["param_scale"].shape)
+        np.testing.assert_array_equal(params.scale, arrays["param_scale"].astype("float32"))
+        np.testing.assert_array_equal(params.bias, arrays["param_bias"])
+
     @parameterized.product(
         case=(
             dict(shape=(6, 4), features=4),
@@ -226,6 +234,57 @@ class BatchNormTest(parameterized.TestCase):
     def test_rejects_features(self, features):
         init = nj.BatchNorm().init
         agreement.check_rejects(self, ("BatchNorm", features), init, KEY, features)
+
+
+class InputNormTest(parameterized.TestCase):
+    @parameterized.product(
+        case=(
+            dict(shape=(6, 4, 4, 3), features=3),
+            dict(shape=(6, 3, 4), features=3, axis=1, running_average="debiased"),
+            dict(shape=(6, 4), features=4, use_scale=False, unbiased_running_var=True),
+        ),
+        kind=agreement.KINDS,
+    )
+    def test_oracle(self, case, kind):
+        agreement.check_case(nj.InputNorm, case, kind)
+
+    @parameterized.parameters(1.0, 0.1, 0.01)
+    def test_scale_starts_at_the_deviation_of_a_relu(self, g0):
+        z, step = np.linspace(-12, 12, 240001, retstep=True)
+        density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) * step
+        relu = np.maximum(z, 0)
+        mean = (density * relu).sum()
+        deviation = np.sqrt((density * (relu - mean) ** 2).sum())
+        np.testing.assert_allclose(deviation, 0.584, atol=5e-4)
+        method = nj.InputNorm(scale_init=jax.nn.initializers.constant(g0))
+        params, _ = method.init(KEY, (2, 3))
+        np.testing.assert_allclose(params.scale, np.full((2, 3), g0 * deviation), rtol=1e-6)
+
+    def test_shift_stays_zero(self):
+        params, _ = nj.InputNorm().init(KEY, 3)
+        self.assertIsNone(params.bias)
+        with self.assertRaisesRegex(TypeError, "use_bias"):
+            nj.InputNorm(use_bias=True)
+
+    def test_is_batch_norm(self):
+        x, plain = draw(0, 6, 4, 3), nj.BatchNorm(use_bias=False)
+        params, state = variables(nj.InputNorm(), 3)
+        ours = run(nj.InputNorm(), params, state, x, cotangent=x)
+        chex.assert_trees_all_equal(ours, run(plain, params, state, x, cotangent=x))
+
+    def test_dtypes_and_rounding(self):
+        method = nj.InputNorm(param_dtype=jnp.bfloat16)
+        chex.assert_type(method.init(KEY, 3)[0].scale, jnp.bfloat16)
+        agreement.check_dtypes(nj.InputNorm(), 4, draw(0, 6, 4))
+        agreement.check_rounding(nj.InputNorm(), 16, 2 + draw(0, 64, 16))
+
+    def test_no_scale(self):
+        params, _ = nj.InputNorm(use_scale=False).init(KEY, 3)
+        self.assertEqual(params, (None, None))
+
+    @parameterized.parameters(("momentum", 2.0), ("scale_init", 0.1))
+    def test_rejects_field(self, field, value):
+        agreement.check_rejects(self, ("InputNorm", field, value), nj.InputNorm, **{field: value})
 
 
 class BatchRenormTest(parameterized.TestCase):
