@@ -35,7 +35,7 @@ from rich.progress import (
 )
 
 import normjax as nj
-from benchmarks import data, machine, methods, models, options, report, training
+from benchmarks import data, machine, methods, models, options, recipe, report, training
 
 SAVE_SECONDS = 10.0  # between checkpoints; one takes about 0.05 s
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint numpy scipy scikit-learn matplotlib pillow"
@@ -44,12 +44,17 @@ CURVES = ("train_loss", "test_loss", "test_accuracy")
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One method in one network; without a network it is left out, for the reason in `note`."""
+    """One method in one network; without a network it is left out, for the reason in `note`.
+
+    An arm of `--recipe` has in `plain` the method that it is compared with.
+    """
 
     model: str
     method: str
     layer: str
     baseline: bool = False
+    plain: str | None = None
+    change: recipe.Recipe = recipe.NONE
     network: nn.Module | None = None
     parameters: int = 0
     note: str = ""
@@ -143,6 +148,8 @@ def prepare(config: options.Config, results: dict[str, Any]) -> tuple[training.I
         for text in config.methods:
             arm = _arm(model, text, groups, config, inputs, len(dataset.classes))
             arms.append(dataclasses.replace(arm, baseline=text == baseline))
+            if arm.network is not None:
+                arms += [_with_recipe(arm, words, config, inputs) for words in config.recipe]
     if not any(arm.network for arm in arms):
         raise ValueError(f"--methods {arms[0].method} in --model {arms[0].model}: {arms[0].note}")
     return inputs, arms
@@ -166,8 +173,29 @@ def _arm(model, text, groups, config, inputs, classes):
         params = training.shapes(network, inputs, config.batch_size)
     except (ValueError, TypeError, NameError) as error:
         raise ValueError(f"--methods {text} in --model {model}: {error}") from None
-    number = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    return Arm(model, text, layer, network=network, parameters=number)
+    return Arm(model, text, layer, network=network, parameters=_number(params))
+
+
+def _with_recipe(arm, words, config, inputs):
+    change = recipe.parse(words)
+    network = change.network(arm.network)
+    try:
+        params = training.shapes(network, change.inputs(inputs), config.batch_size)
+        jax.eval_shape(change.initial, params)
+    except ValueError as error:
+        raise ValueError(f"--recipe {words} with {arm.method} in {arm.model}: {error}") from None
+    return dataclasses.replace(
+        arm,
+        method=f"{arm.method}, {words}",
+        plain=arm.method,
+        change=change,
+        network=network,
+        parameters=_number(params),
+    )
+
+
+def _number(params):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def run(
@@ -200,6 +228,8 @@ def run(
             bar.update(task, completed=(place + 1) * config.epochs)
 
     table = report.rows(results["runs"])
+    if config.recipe:
+        results["paired"] = report.paired(results["runs"])
     report.write_csv(folder, table, results["runs"])
     report.plot(folder / "curves.png", table, results["runs"])
     shutil.rmtree(saved)
@@ -213,6 +243,8 @@ def run(
     ]
     notes += [f"{arm.method} in {arm.model}: left out; {arm.note}." for arm in arms if arm.note]
     report.show(table, console, "\n".join(notes))
+    if config.recipe:
+        report.show_paired(results["paired"], console)
     console.print(f"Results and curves are in {folder}/", markup=False, highlight=False)
 
 
@@ -233,8 +265,11 @@ def train(
         "note": arm.note,
         "parameters": arm.parameters,
     }
+    if arm.plain is not None:
+        record["plain"] = arm.plain
     if arm.network is None:
         return record | {key: [] for key in ("seeds", *CURVES, "step_ms")}
+    inputs = arm.change.inputs(inputs)
     program = training.compile(
         arm.network,
         inputs,
@@ -244,8 +279,11 @@ def train(
         learning_rate=config.learning_rate,
         augment=config.augment,
         flip=config.data != "digits",
+        initial=arm.change.initial,
+        after=arm.change.after(),
     )
     state = program.init(jnp.arange(config.seeds))
+    untrained = state.params
     seconds = np.zeros(config.epochs, np.float32)
     first = place * (config.epochs + 1)  # the number of this arm's checkpoint after no epoch
     latest = checkpoints.latest_step()
@@ -275,6 +313,8 @@ def train(
         raise
     steps = config.seeds * (len(inputs.train_labels) // config.batch_size)
     accuracy = np.asarray(state.correct) / np.sum(np.asarray(inputs.test_labels) >= 0)
+    if config.recipe:
+        record["moved"] = recipe.moved(untrained, state.params)
     return record | {
         "seeds": state.seed.tolist(),
         "train_loss": _finite(state.train_loss),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import methods, models
+from benchmarks import methods, models, recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Config:
     augment: bool = True
     width: int = 16
     depth: int = 1
+    recipe: tuple[str, ...] = ()
 
 
 def read(argv: Sequence[str]) -> dict[str, Any]:
@@ -53,7 +54,15 @@ def read(argv: Sequence[str]) -> dict[str, Any]:
                 methods.parse(text)
         except ValueError as error:
             raise ValueError(f"--methods: {error}") from None
-    for name in given.keys() & {"methods", "model"}:
+    if "recipe" in given:
+        given["recipe"] = [" ".join(arm.split()) for arm in given["recipe"]] or recipe.ARMS
+        try:
+            for arm in given["recipe"]:
+                recipe.parse(arm)
+        except ValueError as error:
+            raise ValueError(f"--recipe: {error}") from None
+        given.setdefault("methods", recipe.METHODS)
+    for name in given.keys() & {"methods", "model", "recipe"}:
         values = given[name] = tuple(given[name])
         if not values:
             raise ValueError(f"--{name} names none")
@@ -78,7 +87,7 @@ def _parser():
 
     def option(name, text, **how):
         value = getattr(Config, name.replace("-", "_"), None)
-        if value is not None:
+        if value not in (None, ()):
             text += f" (default: {' '.join(value) if isinstance(value, tuple) else value})"
         parser.add_argument(f"--{name}", help=text, **how)
 
@@ -100,6 +109,9 @@ def _parser():
     option("augment", text, action=argparse.BooleanOptionalAction)
     option("width", "channels of the first stage of the residual network", type=_whole)
     option("depth", "blocks per stage of the residual network", type=_whole)
+    text = "train each method with small, slow norm scales too: words g0=, c=, temperature=, last, "
+    text += f"input_norm such as 'g0=0.1 c=100' (without arms: {'; '.join(recipe.ARMS)})"
+    option("recipe", text, nargs="*", metavar="ARM")
     option("output", "folder for the results (default: the next free runs/<data>-<number>)")
     text = "continue the interrupted run in --output, by default the last under runs/"
     option("resume", text, action="store_true")

@@ -73,6 +73,59 @@ def rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
+def paired(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each arm of `--recipe`: its accuracies less those of its method, paired by seed.
+
+    `difference` is the mean over seeds and `interval` half of its 95 % Student t interval, as
+    fractions of the test set; `p_value` is that of the one-sided paired t-test that the arm is
+    better, and `significant` whether it is at most 0.05. What does not apply is None.
+    """
+    final = {
+        (run["model"], run["method"]): [curve[-1] for curve in run["test_accuracy"]] for run in runs
+    }
+    found = []
+    for run in runs:
+        if "plain" in run:
+            values, plain = (final[run["model"], run[key]] for key in ("method", "plain"))
+            difference = np.subtract(values, plain)
+            p = p_value(values, plain)
+            found.append(
+                {
+                    "model": run["model"],
+                    "method": run["method"],
+                    "plain": run["plain"],
+                    "seeds": len(values),
+                    "difference": float(difference.mean()),
+                    "interval": interval(difference.tolist()),
+                    "p_value": p,
+                    "significant": None if p is None else p <= 0.05,
+                }
+            )
+    return found
+
+
+def show_paired(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Prints the rows of `paired`."""
+    text = "Differences paired by seed: mean ± half of its 95 % Student t interval. p: one-sided "
+    text += "paired t-test that the arm is better than its method, bold up to 0.05."
+    view = Table(caption=text, caption_justify="left", header_style="bold")
+    view.add_column("model", no_wrap=True)
+    view.add_column("arm", overflow="fold", min_width=12)
+    for name in ("less its method, points", "p", "seeds"):
+        view.add_column(name, justify="right")
+    for row in rows:
+        half = "n/a" if row["interval"] is None else f"{100 * row['interval']:.2f}"
+        p = "n/a" if row["p_value"] is None else f"{row['p_value']:.3f}"
+        view.add_row(
+            row["model"],
+            escape(row["method"]),
+            f"{100 * row['difference']:+.2f} ± {half}",
+            f"[bold]{p}[/bold]" if row["significant"] else p,
+            str(row["seeds"]),
+        )
+    console.print(view)
+
+
 def show(table: Sequence[dict[str, Any]], console: Console, caption: str) -> None:
     """Prints the table, a section per model."""
     view = Table(caption=escape(caption), caption_justify="left", header_style="bold")

@@ -1,6 +1,7 @@
 """Compiled training and evaluation of one network, for several seeds one after the other."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import optax
 from jax import lax
 
 from benchmarks.data import Data
+from normjax import optim
 
 EVALUATION_BATCH = 256
 
@@ -87,6 +89,8 @@ def compile(
     learning_rate: float,
     augment: bool = False,
     flip: bool = False,
+    initial: Callable[[Any], Any] = lambda params: params,
+    after: Sequence[optax.GradientTransformation] = (),
 ) -> Program:
     """Compiles a run: SGD with Nesterov momentum, warm-up and cosine, weight decay on kernels.
 
@@ -102,6 +106,8 @@ def compile(
       learning_rate: the highest of the schedule.
       augment: crop train images at random from ones padded by an eighth of their height.
       flip: mirror half of the train images.
+      initial: the parameters to start from, made of the network's own.
+      after: transformations of the updates behind the optimizer.
     """
     steps = len(inputs.train_labels) // batch_size
     total = steps * epochs
@@ -109,12 +115,13 @@ def compile(
     optimizer = optax.chain(
         optax.add_decayed_weights(5e-4, mask=_kernels),
         optax.sgd(schedule, momentum=0.9, nesterov=True),
+        *after,
     )
 
-    def initial(seed):
+    def start(seed):
         images = jnp.zeros((1, *inputs.train_images.shape[1:]))
         variables = network.init(_key(seed, 0), images, train=False)
-        params = variables["params"]
+        params = initial(variables["params"])
         unknown = jnp.full(epochs, jnp.nan)
         return State(
             params=params,
@@ -175,9 +182,9 @@ def compile(
     def for_seeds(function):
         return jax.jit(lambda state, *inputs: lax.map(lambda s: function(s, *inputs), state))
 
-    start = for_seeds(initial).lower(jnp.arange(seeds))
-    rest = (for_seeds(f).lower(start.out_info, inputs).compile() for f in (train, evaluate))
-    return Program(start.compile(), *rest)
+    first = for_seeds(start).lower(jnp.arange(seeds))
+    rest = (for_seeds(f).lower(first.out_info, inputs).compile() for f in (train, evaluate))
+    return Program(first.compile(), *rest)
 
 
 def _pixel_moments(images):
@@ -228,5 +235,4 @@ def _cross_entropy(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def _kernels(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+_kernels = functools.partial(optim.decay_mask, labels=["kernel"])

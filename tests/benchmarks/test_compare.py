@@ -385,3 +385,10 @@ def test_placement_leaves_batch_norm_before_the_last_layer(tmp_path, capsys):
     (run,) = load(tmp_path / "run")["runs"]
     dense = 64 * 128 + 2 * 128 * 128 + 1290
     assert run["parameters"] == dense + 2 * (128 + 128) + 128
+
+
+def test_no_recipe_leaves_no_trace(finished):
+    results = load(finished)
+    assert results["configuration"]["recipe"] == []
+    assert "paired" not in results
+    assert all(run.keys().isdisjoint({"plain", "moved"}) for run in results["runs"])
