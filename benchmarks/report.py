@@ -41,6 +41,11 @@ def p_value(values: Sequence[float], baseline: Sequence[float]) -> float | None:
     return float(stats.ttest_rel(values, baseline, alternative="greater").pvalue)
 
 
+def p_text(value: float) -> str:
+    """A p value as the tables show it."""
+    return f"{value:.3f}" if value >= 0.0005 else "<0.001"
+
+
 def rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The table: one dict of `COLUMNS` per run, tested against the `baseline` run of its model.
 
@@ -115,7 +120,7 @@ def show_paired(rows: Sequence[dict[str, Any]], console: Console) -> None:
         view.add_column(name, justify="right")
     for row in rows:
         half = "n/a" if row["interval"] is None else f"{100 * row['interval']:.2f}"
-        p = "n/a" if row["p_value"] is None else f"{row['p_value']:.3f}"
+        p = "n/a" if row["p_value"] is None else p_text(row["p_value"])
         view.add_row(
             row["model"],
             escape(row["method"]),
@@ -147,7 +152,7 @@ def show(table: Sequence[dict[str, Any]], console: Console, caption: str) -> Non
         difference = "" if row["difference"] is None else f"{100 * row['difference']:+.2f}"
         p = "" if row["difference"] is None else "n/a"
         if row["p_value"] is not None:
-            p = f"{row['p_value']:.3f}" if row["p_value"] >= 0.0005 else "<0.001"
+            p = p_text(row["p_value"])
         view.add_row(
             model,
             method,

@@ -215,4 +215,9 @@ def test_arm_of_the_recipe(finished, capsys):
     line = next(line for line in out.splitlines() if "input_norm" in line)
     half = 100 * row["interval"]
     assert f"{100 * row['difference']:+.2f} ± {half:.2f}" in line
-    assert f"{row['p_value']:.3f}" in line
+    assert report.p_text(row["p_value"]) in line
+
+
+def test_p_values_as_text():
+    assert report.p_text(0.0312) == "0.031"
+    assert report.p_text(0.00049) == "<0.001"
