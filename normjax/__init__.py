@@ -11,6 +11,7 @@ from normjax.core.structs import Running as Running
 from normjax.methods.batch import BatchNorm as BatchNorm
 from normjax.methods.batch import BatchRenorm as BatchRenorm
 from normjax.methods.batch import InputNorm as InputNorm
+from normjax.methods.batch import ExclusiveBatchNorm as ExclusiveBatchNorm
 from normjax.methods.batch import Ramp as Ramp
 from normjax.methods.chain import Chain as Chain
 from normjax.methods.chain import chain as chain
@@ -19,9 +20,15 @@ from normjax.methods.group import GroupNorm as GroupNorm
 from normjax.methods.group import InstanceNorm as InstanceNorm
 from normjax.methods.layer import LayerNorm as LayerNorm
 from normjax.methods.layer import RMSNorm as RMSNorm
+from normjax.methods.noise import AnalyticGhostNoise as AnalyticGhostNoise
+from normjax.methods.noise import GhostNoise as GhostNoise
+from normjax.methods.noise import NoiseState as NoiseState
 from normjax.methods.pointwise import Affine as Affine
 from normjax.methods.pointwise import DynamicTanh as DynamicTanh
 from normjax.methods.pointwise import DynamicTanhParams as DynamicTanhParams
+from normjax.methods.presets import EvalNorm as EvalNorm
+from normjax.methods.presets import GhostBatchNorm as GhostBatchNorm
+from normjax.methods.presets import GhostNoiseBatchNorm as GhostNoiseBatchNorm
 from normjax.methods.presets import SpatialSpectralBatchNorm as SpatialSpectralBatchNorm
 from normjax.methods.spectral import SpectralBatchNorm as SpectralBatchNorm
 from normjax.methods.spectral import SpectralRunning as SpectralRunning
@@ -30,17 +37,24 @@ __version__ = "0.1.0"
 __all__ = [
     "Affine",
     "AffineParams",
+    "AnalyticGhostNoise",
     "BatchNorm",
     "BatchRenorm",
     "Chain",
     "DynamicTanh",
     "DynamicTanhParams",
+    "EvalNorm",
+    "ExclusiveBatchNorm",
     "Ghost",
+    "GhostBatchNorm",
+    "GhostNoise",
+    "GhostNoiseBatchNorm",
     "GroupNorm",
     "InputNorm",
     "InstanceNorm",
     "LayerNorm",
     "Moments",
+    "NoiseState",
     "RMSNorm",
     "Ramp",
     "Running",

@@ -115,7 +115,8 @@ def _features(method, x):
 
 def _module(method, *, like_flax=False):
     """The module class of `method`, with its documentation and fields, and Flax's own."""
-    fields = {f.name: (f.type, f.default) for f in dataclasses.fields(method)}
+    by_position_first = sorted(dataclasses.fields(method), key=lambda f: f.kw_only)
+    fields = {f.name: (f.type, f.default) for f in by_position_first}
     switch = {}
     if checks.depends_on_train(method) is not False:
         switch["use_running_average"] = (bool | None, None)
@@ -149,17 +150,29 @@ InstanceNorm = _module(normjax.InstanceNorm, like_flax=True)
 Affine = _module(normjax.Affine)
 DynamicTanh = _module(normjax.DynamicTanh)
 Ghost = _module(normjax.Ghost)
+GhostBatchNorm = _module(normjax.GhostBatchNorm)
+ExclusiveBatchNorm = _module(normjax.ExclusiveBatchNorm)
+EvalNorm = _module(normjax.EvalNorm)
+GhostNoise = _module(normjax.GhostNoise)
+AnalyticGhostNoise = _module(normjax.AnalyticGhostNoise)
+GhostNoiseBatchNorm = _module(normjax.GhostNoiseBatchNorm)
 Chain = _module(normjax.Chain)
 SpectralBatchNorm = _module(normjax.SpectralBatchNorm)
 SpatialSpectralBatchNorm = _module(normjax.SpatialSpectralBatchNorm)
 
 __all__ = [
     "Affine",
+    "AnalyticGhostNoise",
     "BatchNorm",
     "BatchRenorm",
     "Chain",
     "DynamicTanh",
+    "EvalNorm",
+    "ExclusiveBatchNorm",
     "Ghost",
+    "GhostBatchNorm",
+    "GhostNoise",
+    "GhostNoiseBatchNorm",
     "GroupNorm",
     "InputNorm",
     "InstanceNorm",

@@ -254,17 +254,29 @@ InstanceNorm = _module(normjax.InstanceNorm, like_flax=True)
 Affine = _module(normjax.Affine)
 DynamicTanh = _module(normjax.DynamicTanh)
 Ghost = _module(normjax.Ghost)
+GhostBatchNorm = _module(normjax.GhostBatchNorm)
+ExclusiveBatchNorm = _module(normjax.ExclusiveBatchNorm)
+EvalNorm = _module(normjax.EvalNorm)
+GhostNoise = _module(normjax.GhostNoise)
+AnalyticGhostNoise = _module(normjax.AnalyticGhostNoise)
+GhostNoiseBatchNorm = _module(normjax.GhostNoiseBatchNorm)
 Chain = _module(normjax.Chain)
 SpectralBatchNorm = _module(normjax.SpectralBatchNorm)
 SpatialSpectralBatchNorm = _module(normjax.SpatialSpectralBatchNorm)
 
 __all__ = [
     "Affine",
+    "AnalyticGhostNoise",
     "BatchNorm",
     "BatchRenorm",
     "Chain",
     "DynamicTanh",
+    "EvalNorm",
+    "ExclusiveBatchNorm",
     "Ghost",
+    "GhostBatchNorm",
+    "GhostNoise",
+    "GhostNoiseBatchNorm",
     "GroupNorm",
     "InputNorm",
     "InstanceNorm",

@@ -97,6 +97,15 @@ def _map_size(value):
         return "holds a size that is not a positive integer"
 
 
+def _size(value):
+    return None if value is None else _positive(value)
+
+
+def _strength(value):
+    if not callable(value) and not (is_number(value) and 0.0 <= value < math.inf):
+        return "is neither a finite number >= 0 nor a schedule, a function of the number of updates"
+
+
 RULES = {
     "momentum": _momentum,
     "epsilon": _epsilon,
@@ -116,8 +125,22 @@ RULES = {
     "axis_index_groups": _axis_index_groups,
     "method": _method,
     "groups": _positive,
-    "num_groups": lambda v: None if v is None else _positive(v),
-    "group_size": lambda v: None if v is None else _positive(v),
+    "num_groups": _size,
+    "group_size": _size,
+    "ghost_batch_size": _size,
+    "effective_size": lambda v: (
+        None
+        if v is None or (is_number(v) and 1.0 <= v < math.inf)
+        else "is neither None nor a finite number >= 1"
+    ),
+    "drawing": _one_of("replacement", "partition", "shuffle", "consecutive"),
+    "noise": _one_of("both", "shift", "scale"),
+    "independent_channels": _flag,
+    "strength": _strength,
+    "unbiased_scale": _flag,
+    "noise_epsilon": _epsilon,
+    "own_weight": _one_of("1/N", "1/N^2"),
+    "shift_unit": _one_of("one", "deviation", "deviation, differentiated"),
     "running_average": _one_of("exponential", "debiased", "cumulative"),
     "statistics": _one_of("channel", "frequency", "ring"),
     "spectrum": _one_of("full", "half"),
@@ -211,6 +234,33 @@ def depends_on_train(value: Any) -> bool:
 def is_random(value: Any) -> bool:
     """Whether a method draws random numbers in training; False unless it says otherwise."""
     return getattr(value, "random", False)
+
+
+def need_key(name: str, key: Any) -> None:
+    """ValueError if training has no key to draw random numbers with."""
+    if key is None:
+        raise ValueError(
+            f"{name}: key=None, but training draws random numbers: give a key of its own for "
+            "every layer and step (in Flax it comes from the stream `ghost`)."
+        )
+
+
+def no_index_groups(method: Any, reason: str) -> None:
+    """ValueError if `method` was given `axis_index_groups`, which `reason` rules out."""
+    if method.axis_index_groups is not None:
+        raise ValueError(
+            f"{type(method).__name__}: axis_index_groups={method.axis_index_groups}, but {reason}."
+        )
+
+
+def samples_first(name: str, features: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of positions: all but axis 0, the samples, and `features`; ValueError unless so."""
+    if 0 in features or not shape:
+        raise ValueError(
+            f"{name}: an input of shape {shape} with features along {features} has no samples: "
+            "they lie on axis 0."
+        )
+    return tuple(i for i in range(1, len(shape)) if i not in features)
 
 
 def features(name: str, value: Features) -> tuple[int, ...]:

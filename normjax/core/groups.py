@@ -9,6 +9,40 @@ from jax.sharding import NamedSharding, PartitionSpec
 from normjax.core.linear import spec
 
 
+def ghosts(
+    name: str, size: int | None, shape: tuple[int, ...], devices: int
+) -> tuple[int, tuple[tuple[int, ...], ...] | None]:
+    """How consecutive samples of the global batch, `size` together (None: all), lie on devices.
+
+    Args:
+      name: the method's, for the error.
+      size: samples per group.
+      shape: that of the input of one device, the samples first.
+      devices: how many there are.
+
+    Returns:
+      The number of groups on each device, and None; or, where devices share a group, one and the
+      groups of their indices.
+
+    Raises:
+      ValueError: if groups do not divide the batch, or neither whole groups lie on a device nor
+        whole devices share one.
+    """
+    samples = shape[0] if shape else 1
+    size = samples * devices if size is None else size
+    if samples % size == 0:
+        return samples // size, None
+    if samples * devices % size or size % samples:
+        rule = "divide the batch"
+        if devices > 1:
+            rule += f" of {devices} devices, with whole groups on a device or whole devices in one"
+        raise ValueError(
+            f"{name}: ghost_batch_size={size} does not fit input of shape {shape}: it must {rule}."
+        )
+    together = size // samples
+    return 1, tuple(tuple(range(i, i + together)) for i in range(0, devices, together))
+
+
 def split(x: jax.Array, axis: int, groups: int) -> jax.Array:
     """Axis of size n as two axes (groups, n / groups) of consecutive blocks.
 

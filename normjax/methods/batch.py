@@ -1,4 +1,5 @@
 """Batch normalization, of inputs too, and batch renormalization."""
+"""Batch normalization, batch renormalization, and statistics that leave a sample's own out."""
 
 import dataclasses
 import math
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normjax.core import checks, passes, running, sync
+from normjax.core import checks, groups, passes, running, sync
 from normjax.core.structs import (
     AffineParams,
     Axes,
@@ -124,7 +125,6 @@ class BatchNorm:
         Returns:
           The output, of the shape of `x`, and the state.
         """
-        del key
         name = type(self).__name__
         x, mask = passes.inputs(name, x, mask)
         at = checks.axes(name, "axis", self.axis, x.shape)
@@ -134,14 +134,10 @@ class BatchNorm:
         params = AffineParams(*(None if a is None else jnp.expand_dims(a, others) for a in params))
         mean, var = (jnp.expand_dims(a, others) for a in (state.mean, state.var))
         if not train:
-            return passes.normalize(self, x, mean, var, params), state
+            return self._evaluate(x, mask, Running(mean, var), params), state
 
         checks.need_positions(name, others, x.shape, self.axis_name)
-        now = passes.moments(x, others, mask=mask)
-        each = None
-        if self.axis_name is not None:
-            now, each = sync.over_devices(now, self.axis_name, self.axis_index_groups)
-        y = self._normalize_batch(x, now, Running(mean, var, state.count), params)
+        y, now, each = self._train(x, mask, Running(mean, var, state.count), params, key)
         update = running.update if each is None else running.update_groups
         return y, update(
             state,
@@ -151,6 +147,24 @@ class BatchNorm:
             unbiased=self.unbiased_running_var,
             skip_nonfinite=self.skip_nonfinite,
         )
+
+    def _features(self, x):
+        return checks.axes(type(self).__name__, "axis", self.axis, x.shape)
+
+    def _evaluate(self, x, mask, state: Running, params: AffineParams):
+        """The output for running statistics that broadcast to `x`."""
+        del mask
+        return passes.normalize(self, x, state.mean, state.var, params)
+
+    def _train(self, x, mask, state: Running, params: AffineParams, key: Key):
+        """Output, moments for the running statistics, and those of each group of devices if any."""
+        del key
+        at = self._features(x)
+        now = passes.moments(x, tuple(i for i in range(x.ndim) if i not in at), mask=mask)
+        each = None
+        if self.axis_name is not None:
+            now, each = sync.over_devices(now, self.axis_name, self.axis_index_groups)
+        return self._normalize_batch(x, now, state, params), now, each
 
     def _counted(self):
         return self.running_average != "exponential"
@@ -309,3 +323,96 @@ class BatchRenorm(BatchNorm):
         return passes.affine(
             x, now.mean, gain, offset, activation=self.activation, dtype=self.dtype
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExclusiveBatchNorm(BatchNorm):
+    """Batch normalization of every sample by the statistics of the others.
+
+    Kosson, Fan & Jaggi, *Ghost Noise for Regularizing Deep Neural Networks*, 2024,
+    https://arxiv.org/abs/2305.17205 (exclusive batch normalization, XBN).
+
+    In training a sample's mean and variance are those of the other samples of its group of
+    `ghost_batch_size` consecutive samples of the global batch, and gradients flow through them; the
+    running statistics are those of the whole batch, and evaluation is that of `BatchNorm`. The
+    public implementation (epfml/ghost-noise) subtracts squared means from mean squares; here a
+    sample's share is taken off moments about the group's mean, which is exact at any offset. It
+    also evaluates with epsilon 1e-5 whatever its argument; here epsilon is the same in both modes.
+    The only valid sample of a group is normalized by its own statistics.
+
+    Attributes:
+      ghost_batch_size: samples per group, > 1; divides the batch. None: the whole batch. Under
+        `axis_name` either whole groups lie on a device or whole devices share a group.
+      axis, momentum, epsilon, use_scale, use_bias: as in `BatchNorm`; the samples lie on axis 0.
+      scale_init, bias_init, dtype, param_dtype: as in `BatchNorm`.
+      axis_name, activation: as in `BatchNorm`.
+      axis_index_groups: must be None: `ghost_batch_size` makes the groups.
+      running_average, unbiased_running_var, skip_nonfinite: as in `BatchNorm`.
+
+    Raises:
+      ValueError: for groups of one sample, of two without positions, or that do not fit the batch
+        and the devices, and as in `BatchNorm`.
+      TypeError: in `apply`, for complex or boolean input.
+
+    Example:
+      >>> import jax, normjax as nj
+      >>> method = nj.ExclusiveBatchNorm(4)
+      >>> params, state = method.init(jax.random.key(0), 3)
+      >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+      >>> y, state = method.apply(params, state, x, train=True)
+      >>> y.shape
+      (8, 3)
+    """
+
+    ghost_batch_size: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.no_index_groups(self, "ghost_batch_size makes the groups")
+        if self.ghost_batch_size == 1:
+            raise ValueError(
+                "ExclusiveBatchNorm: ghost_batch_size=1: without a sample's own nothing is left to "
+                "take statistics over."
+            )
+
+    def _train(self, x, mask, state, params, key):
+        del state, key
+        name, at = type(self).__name__, self._features(x)
+        positions = checks.samples_first(name, at, x.shape)
+        devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        here, shared = groups.ghosts(name, self.ghost_batch_size, x.shape, devices)
+        size = x.shape[0] // here * (len(shared[0]) if shared else 1)
+        if size < (2 if positions else 3):
+            raise ValueError(
+                f"{name}: ghost_batch_size={self.ghost_batch_size} and an input of shape {x.shape} "
+                f"leave statistics over {size - 1} values; one more sample or positions are needed."
+            )
+        own = passes.moments(x, positions, mask=mask)
+        parts = Moments(*(groups.split(a, 0, here) for a in own))
+        group = sync.merge(parts, 1)
+        if shared is None:
+            now = sync.merge(group, 0)
+            if self.axis_name is not None:
+                now, _ = sync.over_devices(now, self.axis_name)
+        else:
+            group, every = sync.over_devices(
+                Moments(*(a[0] for a in group)), self.axis_name, shared
+            )
+            now = group if every is None else sync.merge(every, 0)
+            group = Moments(*(a[None] for a in group))
+        rest = _leave_one_out(parts, Moments(*(a[:, None] for a in group)))
+        rest = Moments(*(groups.join(a, 0, like=own.mean) for a in rest))
+        return passes.normalize(self, x, rest.mean, rest.var, params), now, None
+
+
+def _leave_one_out(own: Moments, group: Moments) -> Moments:
+    """Moments of `group` without each of its members `own`."""
+    count = group.count - own.count
+    share = own.count / jnp.maximum(count, 1)
+    gap = own.mean - group.mean
+    shift = share * gap
+    square = group.var + share * (group.var - own.var - jnp.square(gap))
+    var = jnp.maximum(square - jnp.square(shift), 0)
+    alone = count == 0
+    mean, var = jnp.where(alone, own.mean, group.mean - shift), jnp.where(alone, own.var, var)
+    return Moments(count, mean, var)

@@ -91,7 +91,10 @@ class Ghost:
         key: Key = None,
         **inputs: Any,
     ) -> tuple[Any, Any]:
-        """Runs the method on each part; `mask` and `inputs` (batch on axis 0) are divided too."""
+        """Runs the method on each part; `mask` and `inputs` (batch on axis 0) are divided too.
+
+        Every part draws with a key of its own; under a named axis give all devices the same `key`.
+        """
         if not train:
             return self.method.apply(params, state, x, train=False, mask=mask, key=key, **inputs)
         x = checks.real("Ghost", x)
@@ -102,10 +105,18 @@ class Ghost:
                 f"Ghost: {self.groups} groups and {devices} devices along axis {axis_name!r}: "
                 "one must divide the other."
             )
+        keys = self._keys(key, axis_name, devices)
         if self.groups < devices:
             size = devices // self.groups
             shared = tuple(tuple(range(i, i + size)) for i in range(0, devices, size))
+            if not hasattr(self.method, "axis_index_groups"):
+                raise ValueError(
+                    f"Ghost: groups={self.groups} on {devices} devices, but "
+                    f"{type(self.method).__name__} has no axis_index_groups, by which devices "
+                    "share a group: give one or more groups per device."
+                )
             method = dataclasses.replace(self.method, axis_index_groups=shared)
+            key = None if keys is None else keys[0]
             return method.apply(params, state, x, train=True, mask=mask, key=key, **inputs)
 
         here = self.groups // devices
@@ -119,7 +130,6 @@ class Ghost:
         mask, inputs = jax.tree.map(
             lambda a: place(a, (batch, *spec(a)[1:]), like=x), (mask, inputs)
         )
-        keys = None if key is None else jax.random.split(key, here)
         parts = jax.tree.map(lambda a: groups.split(a, 0, here), (x, mask, inputs))
 
         def run(part, key):
@@ -132,6 +142,17 @@ class Ghost:
         name = axis_name if devices > 1 else None
         new = running.average_filled(state, new, filled, name)
         return jax.tree.map(lambda a: groups.join(a, 0, like=x), y), new
+
+    def _keys(self, key, axis_name, devices):
+        """The keys of the groups on this device, or of the one that it shares with others."""
+        if key is None or not self.random:
+            return None
+        keys = jax.random.split(key, self.groups)
+        if devices == 1:
+            return keys
+        here = max(self.groups // devices, 1)
+        first = lax.axis_index(axis_name) * self.groups // devices
+        return lax.dynamic_slice_in_dim(keys, first, here)
 
 
 def _parts(method):
