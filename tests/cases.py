@@ -41,36 +41,36 @@ CASES = {
     "Ghost, renorm": Subject(
         nj.Ghost(nj.BatchRenorm(r_max=2.0, d_max=1.0), groups=2), (16, 6, 4), drops_rows=False
     ),
-    "Ghost, random": Subject(nj.Ghost(nj.GhostNoise(2), groups=8), (32, 6, 4), drops_rows=False),
+    "Ghost, random": Subject(nj.Ghost(nj.GhostNoise(2), groups=8), (32, 3, 3, 4), drops_rows=False),
     "GhostBatchNorm": Subject(nj.GhostBatchNorm(4), (16, 6, 4), drops_rows=False),
     "GhostBatchNorm, one part per device": Subject(
         nj.GhostBatchNorm(2, activation=jax.nn.relu), (16, 6, 4), drops_rows=False
     ),
     "ExclusiveBatchNorm": Subject(nj.ExclusiveBatchNorm(), (16, 3, 3, 4)),
     "ExclusiveBatchNorm, on one device": Subject(
-        nj.ExclusiveBatchNorm(2, axis=1), (16, 4, 5), drops_rows=False
+        nj.ExclusiveBatchNorm(2, axis=1), (16, 4, 3, 3), drops_rows=False
     ),
     "ExclusiveBatchNorm, over devices": Subject(
-        nj.ExclusiveBatchNorm(8, running_average="debiased"), (16, 5, 4), drops_rows=False
+        nj.ExclusiveBatchNorm(8, running_average="debiased"), (16, 3, 3, 4), drops_rows=False
     ),
     "EvalNorm": Subject(nj.EvalNorm(4), (16, 6, 4), drops_rows=False),
     "GhostNoise": Subject(nj.GhostNoise(4), (16, 3, 3, 4)),
-    "GhostNoise, gathered": Subject(nj.GhostNoise(2), (32, 5, 4)),
+    "GhostNoise, gathered": Subject(nj.GhostNoise(2), (32, 3, 3, 4)),
     "GhostNoise, each channel": Subject(
-        nj.GhostNoise(4, independent_channels=True, axis=1), (16, 4, 5)
+        nj.GhostNoise(4, independent_channels=True, axis=1), (16, 4, 3, 3)
     ),
     "GhostNoise, effective size": Subject(
         nj.GhostNoise(effective_size=8.5, unbiased_scale=True), (16, 3, 3, 4)
     ),
     "GhostNoise, partition": Subject(
-        nj.GhostNoise(4, drawing="partition", noise="scale"), (16, 5, 4), drops_rows=False
+        nj.GhostNoise(4, drawing="partition", noise="scale"), (16, 3, 3, 4), drops_rows=False
     ),
     "GhostNoise, shuffle": Subject(
-        nj.GhostNoise(4, drawing="shuffle", noise="shift"), (16, 5, 4), drops_rows=False
+        nj.GhostNoise(4, drawing="shuffle", noise="shift"), (16, 3, 3, 4), drops_rows=False
     ),
     "GhostNoise, consecutive, scheduled": Subject(
         nj.GhostNoise(4, drawing="consecutive", strength=nj.Ramp(0.0, 1.0, 0, 2)),
-        (16, 5, 4),
+        (16, 3, 3, 4),
         drops_rows=False,
     ),
     "AnalyticGhostNoise": Subject(nj.AnalyticGhostNoise(8), (16, 3, 3, 4), drops_rows=False),

@@ -578,7 +578,7 @@ class AnalyticGhostNoise:
             unit = jnp.where(var > 0, jnp.sqrt(_nonzero(var)), 0)
             unit = unit if self.shift_unit.endswith("differentiated") else lax.stop_gradient(unit)
         shape = tuple(n if i in (0, *at) else 1 for i, n in enumerate(x.shape))
-        normal, chi2 = (a.astype(dtype) for a in draw_analytic(self, key, shape))
+        normal, chi2 = draw_analytic(self, key, shape, dtype)
         normal, chi2 = (
             place(a, tuple(n if i in (0, *at) else None for i, n in enumerate(spec(x))), like=x)
             for a in (normal, chi2)
@@ -592,20 +592,34 @@ class AnalyticGhostNoise:
 
 
 def draw_analytic(
-    method: AnalyticGhostNoise, key: jax.Array, shape: tuple[int, ...]
+    method: AnalyticGhostNoise, key: jax.Array, shape: tuple[int, ...], dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Standard normal and chi-squared numbers (float32) for the samples of this device."""
+    """Standard normal and chi-squared numbers for the samples of this device.
+
+    A chi-squared number of N - 1 degrees of freedom is a sum of exponential ones, one for each pair
+    of degrees, and the square of a normal one if a degree is left: the same in every precision, and
+    without rejection. Words are those of one uniform number each, exact in float32.
+    """
     first = 0 if method.axis_name is None else lax.axis_index(method.axis_name) * shape[0]
-    rows = first + jnp.arange(shape[0], dtype=jnp.int32)
+    rank = first + jnp.arange(shape[0], dtype=jnp.int32)
 
-    def draw(row):
-        one, other = jax.random.split(jax.random.fold_in(key, row))
-        normal = jax.random.normal(one, shape[1:], jnp.float32)
-        half = (method.ghost_batch_size - 1) / 2
-        chi2 = normal if half == 0 else 2 * jax.random.gamma(other, half, shape[1:], jnp.float32)
-        return normal, chi2
+    def normal(number):  # of odd multiples of 2**-23 in (-1, 1)
+        odd = (words(number) >> 9).astype(jnp.int32) * 2 + (1 - 2**23)
+        return math.sqrt(2) * lax.erf_inv(odd.astype(dtype) * 2**-23)
 
-    return jax.vmap(draw)(rows)
+    def exponential(number):  # of multiples of 2**-24 in (0, 1]
+        return -2 * jnp.log(((words(number) >> 8) + 1).astype(dtype) * 2**-24)
+
+    def words(number):
+        return _words(jax.random.fold_in(key, number), rank, *shape[1:])
+
+    def add(total, number):
+        return total + exponential(number), None
+
+    pairs, left = divmod(method.ghost_batch_size - 1, 2)
+    chi2 = jnp.square(normal(1)) if left else jnp.zeros_like(normal(0))
+    chi2, _ = lax.scan(add, chi2, jnp.arange(2, 2 + pairs))
+    return normal(0), chi2
 
 
 def analytic_noise(
