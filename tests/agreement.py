@@ -108,6 +108,8 @@ def check_vectors(name, **changes):
                 recorded.pop("x", None)
                 chex.assert_trees_all_equal_structs(recorded, given)
                 close(dparams, replaced(dparams, recorded), tolerance)
+        if "eps_at_inference" in config:
+            method = dataclasses.replace(method, epsilon=config["eps_at_inference"])
         y, _, _ = run(method, params, state, jnp.asarray(arrays["x_eval"]), train=not tracked)
         close(y, arrays["y_eval"], tolerance)
 

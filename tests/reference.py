@@ -52,7 +52,10 @@ def gradients(method, params, state, x, cotangent, *, mask=None):
         return _chain_gradients(method, params, state, x, g, mask)
     if type(method).__name__ == "SpectralBatchNorm":
         return _spectral_gradients(method, params, x, g, mask)
-    if type(method).__name__ == "Ghost":
+    if type(method).__name__ == "ExclusiveBatchNorm":
+        return _exclusive_gradients(method, params, x, g, mask)
+    if type(method).__name__ in ("Ghost", "GhostBatchNorm", "EvalNorm"):
+        method = _as_ghost(method, x)
         parts = [
             gradients(method.method, params, state, part, part_g, mask=part_mask)
             for part, part_g, part_mask in zip(*_split(method.groups, x, g, mask), strict=True)
@@ -377,6 +380,105 @@ def _ghost(method, params, state, x, mask, train):
     return np.concatenate(y), _tree_mean(filled or states)
 
 
+def _as_ghost(method, x):
+    """The `Ghost` around a batch norm that a ghost batch norm is."""
+    if hasattr(method, "method"):
+        return method
+    inner = type("BatchNorm", (types.SimpleNamespace,), {})(**vars(method))
+    groups = len(x) // (method.ghost_batch_size or len(x))
+    return types.SimpleNamespace(method=inner, groups=groups)
+
+
+def _ghost_batch_norm(method, params, state, x, mask, train):
+    if train or type(method).__name__ == "GhostBatchNorm":
+        return _ghost(_as_ghost(method, x), params, state, x, mask, train)
+    axes, leaf = _own_axes(method, x), _layout(method, x.shape)[2]
+    count, own_mean, own_var = _moments(method, x, mask, axes)
+    weight = method.ghost_batch_size ** -(2.0 if method.own_weight == "1/N^2" else 1.0)
+    weight = np.where(count > 0, weight, 0)
+    mean, var = _f64(state.mean, leaf), _f64(state.var, leaf)
+    # Mean and variance of a mixture of two distributions.
+    both = (1 - weight) * mean + weight * own_mean
+    square = (1 - weight) * (var + mean**2) + weight * (own_var + own_mean**2)
+    y = (np.where(mask, x, 0) - both) / np.sqrt(square - both**2 + method.epsilon)
+    return _finish(method, params, y, leaf), state
+
+
+def _own_axes(method, x):
+    """All axes but the samples and the features."""
+    return tuple(i for i in range(1, x.ndim) if i not in _feature_axes(method, x.ndim))
+
+
+def _others(method, x):
+    """Of each sample, which others are in its group."""
+    size = method.ghost_batch_size or len(x)
+    for i in range(len(x)):
+        first = i - i % size
+        yield i, [j for j in range(first, first + size) if j != i]
+
+
+def _exclusive_batch_norm(method, params, state, x, mask, train):
+    _, axes, leaf = _layout(method, x.shape)
+    if not train:
+        return _batch_norm(method, params, state, x, mask, train)
+    y = np.empty_like(x)
+    for i, others in _others(method, x):
+        count, mean, var = _moments(method, x[others], mask[others], axes)
+        _, own_mean, own_var = _moments(method, x[i : i + 1], mask[i : i + 1], axes)
+        mean, var = np.where(count > 0, mean, own_mean), np.where(count > 0, var, own_var)
+        y[i] = ((np.where(mask[i], x[i], 0) - mean) / np.sqrt(var + method.epsilon))[0]
+    count, mean, var = _moments(method, x, mask, axes)
+    return _finish(method, params, y, leaf), _update(
+        method, state, count, count, mean=mean, var=var
+    )
+
+
+def _exclusive_gradients(method, params, x, g, mask):
+    """With the others' mean and variance by hand; every sample must have valid others."""
+    _, axes, leaf = _layout(method, x.shape)
+    scale = np.ones(leaf) if params.scale is None else _f64(params.scale, leaf)
+    dx, z = np.zeros_like(x), np.empty_like(x)
+    for i, others in _others(method, x):
+        count, mean, var = _moments(method, x[others], mask[others], axes)
+        assert count.all()
+        s, one = 1 / np.sqrt(var + method.epsilon), slice(i, i + 1)
+        c, h = np.where(mask[one], x[one], 0) - mean, g[one] * scale
+        z[one] = c * s
+        dx[one] += h * s
+        dmean = -(h * s).sum(axes, keepdims=True)
+        dvar = -s / (var + method.epsilon) / 2 * (h * c).sum(axes, keepdims=True)
+        gaps = np.where(mask[others], x[others] - mean, 0)
+        dx[others] += np.where(mask[others], (dmean + 2 * gaps * dvar) / count, 0)
+    over = tuple(i for i, n in enumerate(leaf) if n == 1)
+    features = tuple(n for n in leaf if n != 1) or (1,)
+    dscale, dbias = (a.sum(over).reshape(features) for a in (g * z, g))
+    return np.where(mask, dx, 0), dscale, dbias
+
+
+def ghost_noise(method, x, ghosts):
+    """Shift and scale of every sample, whose ghost has the samples `ghosts` [B, N]."""
+    x = _f64(x)
+    axes = (0, *_own_axes(method, x))
+    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    drawn = [x[members] for members in ghosts]
+    shift = np.concatenate([a.mean(axes, keepdims=True) - mean for a in drawn])
+    own = np.concatenate([a.var(axes, keepdims=True) for a in drawn])
+    scale = np.sqrt((own + method.epsilon) / (var + method.epsilon))
+    return _noise_kind(method, shift, scale)
+
+
+def analytic_noise(method, x, normal, chi2):
+    """Shift and scale of standard normal and chi-squared numbers."""
+    shift = normal / np.sqrt(method.ghost_batch_size)
+    if method.shift_unit != "one":
+        shift = shift * _f64(x).std(_own_axes(method, x), keepdims=True)
+    return _noise_kind(method, shift, np.sqrt(chi2 / method.ghost_batch_size))
+
+
+def _noise_kind(method, shift, scale):
+    return {"both": (shift, scale), "shift": (shift, 1.0), "scale": (0.0, scale)}[method.noise]
+
+
 def _tree_mean(trees):
     first = trees[0]
     if first is None:
@@ -431,5 +533,8 @@ APPLY = {
     "Affine": _affine,
     "DynamicTanh": _dynamic_tanh,
     "Ghost": _ghost,
+    "GhostBatchNorm": _ghost_batch_norm,
+    "EvalNorm": _ghost_batch_norm,
+    "ExclusiveBatchNorm": _exclusive_batch_norm,
     "Chain": _chain,
 }

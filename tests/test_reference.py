@@ -19,6 +19,8 @@ PREFIXES = (
     "rms_norm",
     "instance_norm",
     "ghost_batch_norm",
+    "exclusive_batch_norm",
+    "eval_norm",
     "channel_affine",
     "spectral_batch_norm",
     "spatial_spectral_batch_norm",
@@ -88,7 +90,7 @@ def start(name):
 class VectorsTest(parameterized.TestCase):
     @parameterized.parameters(*FILES)
     def test_outputs_and_state(self, name):
-        _, arrays = vector_files.load(name)
+        config, arrays = vector_files.load(name)
         method, params, state = start(name)
         atol = VECTORS_ATOL[vector_files.dtype(name)]
         for step in (1, 2, 3):
@@ -96,6 +98,8 @@ class VectorsTest(parameterized.TestCase):
             close(y, arrays[f"y_{step}"], atol)
             tracked = vector_files.fields(name, f"state_{step}_")
             close_fields(state, tracked, atol)
+        if "eps_at_inference" in config:
+            method = dataclasses.replace(method, epsilon=config["eps_at_inference"])
         y, after = reference.apply(method, params, state, arrays["x_eval"], train=not tracked)
         close(y, arrays["y_eval"], atol)
         self.assertTrue(not tracked or after == state)
@@ -112,6 +116,38 @@ class VectorsTest(parameterized.TestCase):
             actual = {k: {"scale": dscale[k], "bias": dbias[k]} for k in dscale}
         expected = vector_files.fields(name, "grad_")
         close_fields(actual, {k: v for k, v in expected.items() if k != "x"}, atol)
+
+    @parameterized.parameters(
+        *(
+            name
+            for kind in ("replacement", "minimal", "shuffle")
+            for name in vector_files.names(f"ghost_noise_{kind}")
+        )
+    )
+    def test_ghost_noise(self, name):
+        _, arrays = vector_files.load(name)
+        method, atol = vector_files.method(name), VECTORS_ATOL[vector_files.dtype(name)]
+        for step in (1, 2, 3):
+            x, samples = arrays[f"x_{step}"], len(arrays["x_1"])
+            ghosts = arrays.get(f"draw_{step}_randint")
+            if ghosts is None:
+                order = arrays.get(f"draw_{step}_randperm", np.arange(samples))
+                size = method.ghost_batch_size
+                ghosts = np.repeat(order.reshape(-1, size), size, axis=0)
+            shift, scale = reference.ghost_noise(method, x, ghosts)
+            close((x - shift) / scale, arrays[f"y_{step}"], atol)
+            if step == 1:
+                close(arrays["cotangent"] / scale, arrays["grad_x"], atol)
+
+    @parameterized.parameters(*vector_files.names("noisy_affine"))
+    def test_analytic_noise(self, name):
+        _, arrays = vector_files.load(name)
+        method = vector_files.method(name)
+        for step in (1, 2, 3):
+            x, none = arrays[f"x_{step}"], np.nan
+            normal, chi2 = (arrays.get(f"draw_{step}_{a}", none) for a in ("randn", "chi2"))
+            shift, scale = reference.analytic_noise(method, x, normal, chi2)
+            close((x - shift) / scale, arrays[f"y_{step}"])
 
 
 class GradientsTest(parameterized.TestCase):
@@ -142,6 +178,9 @@ class GradientsTest(parameterized.TestCase):
         (nj.GroupNorm(num_groups=None, group_size=1, reduction_axes=(2, 3)), (4,)),
         (nj.InstanceNorm(feature_axes=2), (2,)),
         (nj.Ghost(method=nj.BatchNorm(), groups=2), (4,)),
+        (nj.GhostBatchNorm(2), (4,)),
+        (nj.ExclusiveBatchNorm(2), (4,)),
+        (nj.ExclusiveBatchNorm(axis=1), (3,)),
     )
     def test_central_differences_with_ragged_mask(self, method, features):
         x = draw(0, 4, 3, 2, 4)

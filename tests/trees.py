@@ -18,6 +18,11 @@ X = jnp.ones((2, 4, 4, FEATURES))
 ARGUMENTS = {
     "Norm": {"method": nj.Ghost(nj.BatchNorm(), groups=2)},
     "Ghost": {"method": nj.BatchNorm(), "groups": 2},
+    "GhostBatchNorm": {"ghost_batch_size": 2},
+    "EvalNorm": {"ghost_batch_size": 2},
+    "GhostNoise": {"ghost_batch_size": 2},
+    "AnalyticGhostNoise": {"ghost_batch_size": 2},
+    "GhostNoiseBatchNorm": {"ghost_batch_size": 2},
     "Chain": {"methods": (nj.LayerNorm(), nj.BatchNorm(running_average="debiased"))},
 }
 

@@ -78,8 +78,23 @@ def method(name):
         case "instance_norm":
             return nj.InstanceNorm(**common)
         case "ghost_batch_norm":
-            groups = len(arrays["x_1"]) // (config["ghost_size"] or len(arrays["x_1"]))
-            return nj.Ghost(method=nj.BatchNorm(**common, **running), groups=groups)
+            return nj.GhostBatchNorm(config["ghost_size"], **common, **running)
+        case "exclusive_batch_norm":
+            return nj.ExclusiveBatchNorm(config["group_size"], **common, **running)
+        case "eval_norm":
+            own = {"own_weight": "1/N^2"}
+            return nj.EvalNorm(config["ghost_size"], **common, **running, **own)
+        case "ghost_noise_injector_replacement":
+            own = {"noise": _noise(config), "epsilon": common["epsilon"]}
+            return nj.GhostNoise(config["ghost_size"], **own)
+        case "ghost_noise_injector_shuffle":
+            own = {"noise": _noise(config), "epsilon": common["epsilon"]}
+            drawing = "shuffle" if config["shuffle"] else "consecutive"
+            return nj.GhostNoise(config["ghost_size"], drawing=drawing, **own)
+        case "noisy_affine_transform":
+            unit = "deviation, differentiated" if config["scale_shift_by_std"] else "one"
+            noise = _noise(config)
+            return nj.AnalyticGhostNoise(config["ghost_size"], shift_unit=unit, noise=noise)
         case "group_norm":
             return nj.GroupNorm(**common, num_groups=config["num_groups"])
         case "layer_norm":
@@ -98,3 +113,9 @@ def method(name):
             del common["epsilon"]
             return nj.Affine(**common)
     raise ValueError(f"{name}: no method is known for {kind!r}.")
+
+
+def _noise(config):
+    if config["scale_noise"] and config["shift_noise"]:
+        return "both"
+    return "scale" if config["scale_noise"] else "shift"

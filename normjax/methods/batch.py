@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax.core import checks, groups, passes, running, sync
+from normjax.core.linear import place, spec
 from normjax.core.structs import (
     AffineParams,
     Axes,
@@ -388,6 +389,7 @@ class ExclusiveBatchNorm(BatchNorm):
                 f"leave statistics over {size - 1} values; one more sample or positions are needed."
             )
         own = passes.moments(x, positions, mask=mask)
+        own = own._replace(count=place(own.count, spec(own.mean), like=own.mean))
         parts = Moments(*(groups.split(a, 0, here) for a in own))
         group = sync.merge(parts, 1)
         if shared is None:

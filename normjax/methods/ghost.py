@@ -131,6 +131,8 @@ class Ghost:
             lambda a: place(a, (batch, *spec(a)[1:]), like=x), (mask, inputs)
         )
         parts = jax.tree.map(lambda a: groups.split(a, 0, here), (x, mask, inputs))
+        if keys is not None:
+            keys = place(keys, (spec(parts[0])[0], *spec(keys)[1:]), like=x)
 
         def run(part, key):
             x, mask, inputs = part

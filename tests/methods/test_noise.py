@@ -1,0 +1,328 @@
+"""Ghost noise, ghost batch norm, exclusive batch norm and EvalNorm."""
+
+import functools
+from unittest import mock
+
+import agreement
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+import vector_files
+from absl.testing import parameterized
+from agreement import TOLERANCE, close, draw, ragged, run, variables
+from scipy import stats
+
+import normjax as nj
+from normjax.methods import noise
+
+KEY = jax.random.key(0)
+NOISES = [
+    *vector_files.names("ghost_noise_replacement"),
+    *vector_files.names("ghost_noise_minimal"),
+    *vector_files.names("ghost_noise_shuffle"),
+]
+
+
+def noisy(method, x, key=KEY, mask=None, params=(), state=None):
+    state = nj.NoiseState(None) if state is None else state
+    return method.apply(params, state, x, train=True, key=key, mask=mask)[0]
+
+
+class NormTest(parameterized.TestCase):
+    @parameterized.parameters(
+        *vector_files.names("exclusive_batch_norm"), *vector_files.names("eval_norm")
+    )
+    def test_vectors(self, name):
+        agreement.check_vectors(name)
+
+    @parameterized.product(
+        method=(
+            nj.GhostBatchNorm(2),
+            nj.GhostBatchNorm(None, axis=1),
+            nj.ExclusiveBatchNorm(3),
+            nj.ExclusiveBatchNorm(unbiased_running_var=True),
+            nj.EvalNorm(3),
+        ),
+        train=(True, False),
+        dtype=("float32", "float64"),
+    )
+    def test_oracle(self, method, train, dtype):
+        agreement.check_oracle(method, 4, draw(0, 6, 4, 4), train=train, dtype=dtype)
+        keep = ragged(1, 6, 4, 4)
+        agreement.check_oracle(method, 4, draw(0, 6, 4, 4), mask=keep, train=train, dtype="float64")
+
+    def test_ghost_of_the_batch_is_batch_norm(self):
+        x = draw(0, 6, 3, 4)
+        params, state = variables(nj.BatchNorm(), 4)
+        wanted = run(nj.BatchNorm(), params, state, x, cotangent=x)
+        for size in (6, None):
+            got = run(nj.GhostBatchNorm(size), params, state, x, cotangent=x)
+            close(got, wanted, TOLERANCE["float32"])
+
+    def test_leaving_one_out_of_many_hardly_matters(self):
+        """The difference to batch norm falls as one over the batch."""
+        gaps = []
+        for samples in (16, 64, 256):
+            x = draw(0, samples, 32, 3)
+            params, state = nj.BatchNorm().init(KEY, 3)
+            exclusive, _, _ = run(nj.ExclusiveBatchNorm(), params, state, x)
+            gaps.append(np.abs(exclusive - run(nj.BatchNorm(), params, state, x)[0]).max())
+        self.assertLess(gaps[1], gaps[0] / 2)
+        self.assertLess(gaps[2], gaps[1] / 2)
+
+    def test_own_weight_of_eval_norm_is_what_training_expects(self):
+        """Mean over the batches of a sample's mean: 1/N fits to 2 %, 1/N^2 is off by more."""
+        method = nj.EvalNorm(8, use_scale=False, use_bias=False)
+        state = nj.Running(jnp.zeros(1), jnp.ones(1))
+        x = 1.0 + jnp.zeros((1, 4, 1))
+        y, _ = method.apply(nj.AffineParams(), state, x, train=False)
+        a = 1 / 8
+        close(y, (x - a) / jnp.sqrt((1 - a) + a * (1 - a) + 1e-5), TOLERANCE["float32"])
+
+    @parameterized.parameters(
+        (nj.GhostBatchNorm, (4,), (6, 3), "ghost_batch_size=4"),
+        (nj.GhostBatchNorm, (1,), (6, 3), "single"),
+        (nj.ExclusiveBatchNorm, (4,), (6, 3), "ghost_batch_size=4"),
+        (nj.ExclusiveBatchNorm, (2,), (6, 3), "ghost_batch_size=2"),
+        (nj.ExclusiveBatchNorm, (), (1, 5, 3), "one more sample"),
+    )
+    def test_rejects_input(self, make, size, shape, piece):
+        agreement.check_rejects_input(self, make(*size), 3, draw(0, *shape), None, piece)
+
+    @parameterized.parameters(
+        (nj.GhostBatchNorm, dict(ghost_batch_size=0)),
+        (nj.ExclusiveBatchNorm, dict(ghost_batch_size=1)),
+        (nj.EvalNorm, dict(ghost_batch_size=None)),
+        (nj.EvalNorm, dict(ghost_batch_size=2, own_weight=0.5)),
+        (nj.GhostNoise, dict()),
+        (nj.GhostNoise, dict(ghost_batch_size=4, effective_size=4.0)),
+        (nj.GhostNoise, dict(ghost_batch_size=4, strength=-0.5)),
+        (nj.GhostNoise, dict(ghost_batch_size=4, drawing="partition", independent_channels=True)),
+        (nj.GhostNoise, dict(ghost_batch_size=2, unbiased_scale=True)),
+        (nj.GhostNoise, dict(ghost_batch_size=4, unbiased_scale=True, noise="shift")),
+        (nj.GhostNoise, dict(ghost_batch_size=4, noise="none")),
+        (nj.AnalyticGhostNoise, dict(ghost_batch_size=1)),
+        (nj.AnalyticGhostNoise, dict(ghost_batch_size=4, strength=-1.0)),
+        (
+            nj.GhostNoiseBatchNorm,
+            dict(ghost_batch_size=4, axis_name="b", axis_index_groups=((0,),)),
+        ),
+    )
+    def test_rejects_field(self, make, fields):
+        agreement.check_rejects(self, (make.__name__,), make, **fields)
+
+
+class NoiseTest(parameterized.TestCase):
+    @parameterized.parameters(*NOISES)
+    def test_vectors(self, name):
+        """Outputs and the gradient with the recorded draws in place of those of the key."""
+        _, arrays = vector_files.load(name)
+        method, dtype = vector_files.method(name), vector_files.dtype(name)
+        apply = nj.GhostNoise.apply.__wrapped__
+        with jax.enable_x64(dtype == "float64"):
+            for step in (1, 2, 3):
+                x = jnp.asarray(arrays[f"x_{step}"])
+                indices = jnp.asarray(arrays.get(f"draw_{step}_randint", 0), jnp.int32)
+                order = jnp.asarray(arrays.get(f"draw_{step}_randperm", 0), jnp.int32)
+                drawn = dict(draw_indices=lambda *_, i=indices: i, draw_order=lambda *_, o=order: o)
+                with mock.patch.multiple(noise, **drawn):
+                    forward = lambda x: apply(
+                        method, (), nj.NoiseState(None), x, train=True, key=KEY
+                    )[0]
+                    y, pull = jax.vjp(forward, x)
+                close(y, arrays[f"y_{step}"], TOLERANCE[dtype])
+                if step == 1:
+                    (dx,) = pull(jnp.asarray(arrays["cotangent"]))
+                    close(dx, arrays["grad_x"], TOLERANCE[dtype])
+            if "x_eval" in arrays:
+                x = jnp.asarray(arrays["x_eval"])
+                y, _ = method.apply((), nj.NoiseState(None), x, train=False)
+                chex.assert_trees_all_equal(y, x)
+
+    @parameterized.parameters(*vector_files.names("noisy_affine"))
+    def test_analytic_vectors(self, name):
+        _, arrays = vector_files.load(name)
+        method, apply = vector_files.method(name), nj.AnalyticGhostNoise.apply.__wrapped__
+        with jax.enable_x64(True):
+            for step in (1, 2, 3):
+                x = jnp.asarray(arrays[f"x_{step}"])
+                none = jnp.ones((len(x), *(1,) * (x.ndim - 2), x.shape[-1]))
+                drawn = tuple(
+                    jnp.asarray(arrays.get(f"draw_{step}_{a}", none)) for a in ("randn", "chi2")
+                )
+                with mock.patch.object(noise, "draw_analytic", lambda *_, d=drawn: d):
+                    forward = lambda x: apply(
+                        method, (), nj.NoiseState(None), x, train=True, key=KEY
+                    )[0]
+                    y, pull = jax.vjp(forward, x)
+                close(y, arrays[f"y_{step}"], TOLERANCE["float64"])
+                if step == 1:
+                    (dx,) = pull(jnp.asarray(arrays["cotangent"]))
+                    close(dx, arrays["grad_x"], TOLERANCE["float64"])
+
+    @parameterized.parameters(1, 2, 16, 40)
+    def test_product_with_counts_equals_gathering(self, size):
+        table = draw(0, 24, 3, 5)
+        indices = np.random.default_rng(1).integers(0, 24, (24, size)).astype("int32")
+        both = [noise.resampled(table, jnp.asarray(indices), count=c) for c in (True, False)]
+        close(both[0], both[1], 1e-4)
+        close(both[1], table[indices].sum(1), 1e-4)
+
+    def test_equal_samples_have_no_noise(self):
+        x = jnp.broadcast_to(draw(0, 1, 4, 3), (8, 4, 3))
+        for drawing in ("replacement", "partition", "shuffle", "consecutive"):
+            close(noisy(nj.GhostNoise(4, drawing=drawing), x), x, TOLERANCE["float32"])
+
+    def test_gradient_is_the_cotangent_over_the_scale(self):
+        method, x, g = nj.GhostNoise(4), draw(0, 8, 4, 3), draw(1, 8, 4, 3)
+        y, pull = jax.vjp(functools.partial(noisy, method), x)
+        slope = (y[:, 1] - y[:, 0]) / (x[:, 1] - x[:, 0])
+        close(pull(g)[0], g * slope[:, None], TOLERANCE["float32"])
+
+    @parameterized.parameters("partition", "consecutive")
+    def test_batch_norm_and_noise_of_parts_are_ghost_batch_norm(self, drawing):
+        """Claim of the paper, exact for epsilon 0; the fused layer too."""
+        with jax.enable_x64(True):
+            x = draw(0, 12, 5, 3, dtype="float64")
+            order = np.arange(12)
+            if drawing == "partition":
+                roster = noise._roster(None, 12)
+                order = np.asarray(noise.draw_order(KEY, roster))
+            plain = dict(epsilon=0.0, use_scale=False, use_bias=False)
+            params, state = nj.BatchNorm(**plain).init(KEY, 3)
+            wanted = np.empty_like(x)
+            wanted[order], _ = nj.GhostBatchNorm(4, **plain).apply(
+                params, state, x[order], train=True
+            )
+            z, _ = nj.BatchNorm(**plain).apply(params, state, x, train=True)
+            close(noisy(nj.GhostNoise(4, drawing=drawing, epsilon=0.0), z), wanted, 1e-10)
+            fused = nj.GhostNoiseBatchNorm(4, drawing=drawing, noise_epsilon=0.0, **plain)
+            y, _ = fused.apply(params, state, x, train=True, key=KEY)
+            close(y, wanted, 1e-10)
+
+    @parameterized.parameters(
+        dict(ghost_batch_size=4),
+        dict(ghost_batch_size=4, unbiased_scale=True, noise="scale"),
+        dict(ghost_batch_size=2, drawing="shuffle", strength=0.5),
+        dict(effective_size=6.5),
+    )
+    def test_fused_is_the_chain(self, **fields):
+        with jax.enable_x64(True):
+            x = 3 + draw(0, 8, 4, 3, dtype="float64")
+            plain = nj.BatchNorm(use_scale=False, use_bias=False)
+            fused = nj.GhostNoiseBatchNorm(**fields)
+            params, state = variables(fused, 3, dtype="float64")
+
+            def apart(params, x):
+                z, new = plain.apply(nj.AffineParams(), state, x, train=True)
+                z = noisy(nj.GhostNoise(**fields), z)
+                return nj.Affine().apply(params, (), z)[0], new
+
+            whole = lambda p, x: fused.apply(p, state, x, train=True, key=KEY)
+            (y, pull, new), (z, push, old) = (
+                jax.vjp(f, params, x, has_aux=True) for f in (whole, apart)
+            )
+            close((y, new, pull(x)), (z, old, push(x)), 1e-10)
+
+    def test_masked_samples_are_not_drawn(self):
+        x, mask = draw(0, 8, 4, 3), (np.arange(8) < 5).reshape(8, 1, 1)
+        spoilt = np.where(mask, x, np.nan)
+        for method in (nj.GhostNoise(4), nj.GhostNoise(4, independent_channels=True)):
+            y = noisy(method, spoilt, mask=mask)
+            chex.assert_tree_all_finite(y)
+            close(y[:5], noisy(method, x[:5]), TOLERANCE["float32"])
+
+    @parameterized.parameters(
+        nj.GhostNoise(4), nj.AnalyticGhostNoise(4), nj.Ghost(nj.GhostNoise(2), groups=2)
+    )
+    def test_a_missing_key_is_an_error(self, method):
+        x = draw(0, 8, 4, 3)
+        apply, state = method.apply, nj.NoiseState(None)
+        agreement.check_rejects(self, ("key",), apply, (), state, x, train=True)
+        chex.assert_trees_all_equal(apply((), state, x, train=False)[0], x)
+
+    def test_strength_follows_its_schedule(self):
+        method = nj.GhostNoise(4, strength=nj.Ramp(0.0, 1.0, 0, 2))
+        x, (_, state) = draw(0, 8, 4, 3), method.init(None, 3)
+        y, state = method.apply((), state, x, train=True, key=KEY)
+        close(y, x, 1e-6)
+        _, state = method.apply((), state, x, train=True, key=KEY)
+        y, state = method.apply((), state, x, train=True, key=KEY)
+        close(y, noisy(nj.GhostNoise(4), x), 1e-6)
+        self.assertEqual(state.count, 3)
+
+    @parameterized.parameters(
+        (nj.GhostNoise, "replacement", 4),
+        (nj.GhostNoise, "partition", 4),
+        (nj.AnalyticGhostNoise, None, 4),
+        (nj.AnalyticGhostNoise, None, 9),
+    )
+    def test_distribution(self, make, drawing, size):
+        """Dense Gaussian features: shift ~ N(0, 1/N), N scale^2 ~ chi-squared of N - 1.
+
+        Three tests each for shift and scale (mean, variance, Kolmogorov-Smirnov), each with a
+        false-alarm rate of 1e-4, hence 6e-4 for a configuration; the seeds are fixed. One sample of
+        each of 4096 independent channels is tested, so that the draws are independent.
+        """
+        fields = {} if drawing is None else dict(drawing=drawing, epsilon=0.0)
+        samples, channels = 256, 4096
+        x = jnp.asarray(draw(3, samples, channels))
+        x = (x - x.mean(0)) / x.std(0)
+        method = make(size, **fields)
+        y = noisy(method, x)
+        if drawing is None:
+            zero = noisy(method, jnp.zeros_like(x))[0]
+        else:
+            slope = jax.vjp(functools.partial(noisy, method), x)[1](jnp.ones_like(x))[0][0]
+            zero = y[0] - x[0] * slope
+        slope = jax.vjp(functools.partial(noisy, method), x)[1](jnp.ones_like(x))[0][0]
+        scale = np.asarray(1 / slope, "float64")
+        shift = -np.asarray(zero, "float64") * scale
+        finite = (samples - size) / (samples - 1) if drawing == "partition" else 1.0
+        unit = shift / np.sqrt(finite / size)
+        self.check_sample(unit, stats.norm(), channels)
+        if drawing == "partition":
+            return  # the chi-squared law is that of infinite populations
+        self.check_sample(size * scale**2, stats.chi2(size - 1), channels)
+
+    def check_sample(self, sample, law, n):
+        """Mean, variance and distribution; false-alarm rate 1e-4 each."""
+        z = stats.norm.isf(0.5e-4)
+        mean, var, _, excess = law.stats("mvsk")
+        self.assertLess(abs(sample.mean() - mean), z * np.sqrt(var / n))
+        spread = np.sqrt((excess + 2) * var**2 / n)
+        self.assertLess(abs(sample.var() - var), z * spread)
+        self.assertGreater(stats.kstest(sample, law.cdf).pvalue, 1e-4)
+
+    @parameterized.parameters(3, 4, 8, 32)
+    def test_expected_inverse_is_that_of_the_chi_law(self, size):
+        for power in (0.5, 1.0):
+            wanted = stats.chi2(size - 1).expect(lambda c, p=power: (c / size) ** (-p / 2))
+            got = noise.expected_inverse(jnp.float32(1 / size), power)
+            np.testing.assert_allclose(got, wanted, rtol=1e-4)
+
+    def test_effective_size_sets_the_variance_of_the_shift(self):
+        """Empirically over 4000 keys, to 5 standard errors."""
+        method = nj.GhostNoise(effective_size=12.5, noise="shift")
+        x = jnp.asarray(draw(0, 16, 4, 2) + 2 * draw(1, 16, 1, 2))
+        shifts = jax.vmap(lambda k: x - noisy(method, x, key=k))(jax.random.split(KEY, 4000))
+        var = np.asarray(shifts[:, :, 0]).var((0, 1))
+        np.testing.assert_allclose(var, np.asarray(x).var((0, 1)) / 12.5, rtol=0.05)
+
+    def test_no_array_of_all_drawn_moments(self):
+        method, x = nj.GhostNoise(64), jnp.ones((128, 4, 4, 32))
+        compiled = jax.jit(functools.partial(noisy, method)).lower(x).compile()
+        all_drawn = 128 * 64 * 32 * 4
+        self.assertLess(compiled.memory_analysis().temp_size_in_bytes, all_drawn / 2)
+        method = nj.GhostNoise(64, independent_channels=True)
+        compiled = jax.jit(functools.partial(noisy, method)).lower(x).compile()
+        self.assertLess(compiled.memory_analysis().temp_size_in_bytes, all_drawn / 2)
+
+    def test_oracle_of_a_draw(self):
+        x, method = draw(0, 6, 4, 3), nj.GhostNoise(4)
+        roster = noise._roster(None, 6)
+        ghosts = np.asarray(noise.draw_indices(KEY, roster.rank, roster, 4))
+        shift, scale = reference.ghost_noise(method, x, ghosts)
+        close(noisy(method, x), ((x - shift) / scale).astype("float32"), TOLERANCE["float32"])
