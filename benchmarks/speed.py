@@ -1,7 +1,7 @@
 """Times normjax beside flax.linen, and PyTorch where installed: `python -m benchmarks.speed`.
 
 Spectral norms stand beside flax.linen's BatchNorm, a plain implementation with `jnp.fft`, and no
-more than a transform and its inverse.
+more than a transform and its inverse; norms with ghost noise beside flax.linen's BatchNorm alone and with dropout.
 
 A training step (forward and backward pass with a given cotangent, in one compiled program) of each
 method is timed in turns with its peers. Beside the time ratios stand what does not depend on the
@@ -33,6 +33,10 @@ CASES = {
     "BatchNorm": (*IMAGES, (4096, 512)),
     "BatchNorm, relu": IMAGES,
     "Ghost, 4 groups": IMAGES,
+    "GhostBatchNorm": IMAGES,
+    "ExclusiveBatchNorm": IMAGES,
+    "GhostNoiseBatchNorm": IMAGES,
+    "BatchNorm, GhostNoise, Affine": IMAGES,
     "GroupNorm": IMAGES,
     "InstanceNorm": IMAGES,
     "LayerNorm": TOKENS,
@@ -193,12 +197,19 @@ def _programs(method, sizes, channels):
     from flax import linen as nn
 
     import normjax as nj
+    from normjax.core import checks
 
     spectral = functools.partial(nj.SpectralBatchNorm, statistics="frequency", map_size=sizes)
     ours = {
         "BatchNorm": lambda: nj.BatchNorm(),
         "BatchNorm, relu": lambda: nj.BatchNorm(activation=jax.nn.relu),
         "Ghost, 4 groups": lambda: nj.Ghost(nj.BatchNorm(), groups=4),
+        "GhostBatchNorm": lambda: nj.GhostBatchNorm(16),
+        "ExclusiveBatchNorm": lambda: nj.ExclusiveBatchNorm(),
+        "GhostNoiseBatchNorm": lambda: nj.GhostNoiseBatchNorm(16),
+        "BatchNorm, GhostNoise, Affine": lambda: nj.chain(
+            nj.BatchNorm(use_scale=False, use_bias=False), nj.GhostNoise(16), nj.Affine()
+        ),
         "GroupNorm": lambda: nj.GroupNorm(32),
         "InstanceNorm": lambda: nj.InstanceNorm(),
         "LayerNorm": lambda: nj.LayerNorm(),
@@ -218,10 +229,21 @@ def _programs(method, sizes, channels):
         y, new = theirs.apply(variables, x, mutable=["batch_stats"])
         return after(y.astype(x.dtype)), new
 
+    def key(x):  # of the data, so that no draw is a constant of the program
+        words = jax.lax.bitcast_convert_type(x.reshape(-1)[:2].astype(jnp.float32), jnp.uint32)
+        return jax.random.wrap_key_data(jax.lax.stop_gradient(words))
+
     def normjax(variables, x):
-        return ours.apply(*variables, x, train=True)
+        draw = {"key": key(x)} if checks.is_random(ours) else {}
+        return ours.apply(*variables, x, train=True, **draw)
+
+    def dropout(variables, x):
+        y, new = flax(variables, x)
+        return nn.Dropout(0.1, deterministic=False).apply({}, y, rngs={"dropout": key(x)}), new
 
     programs = {"normjax": (ours.init(None, channels), normjax), "flax": (variables, flax)}
+    if checks.is_random(ours):
+        programs["flax_dropout"] = variables, dropout
     if isinstance(ours, nj.SpectralBatchNorm):
         params = jnp.ones(channels), jnp.zeros(channels)
         programs["plain_fft"] = params, functools.partial(_plain_fft, ours)
@@ -308,6 +330,7 @@ def show(results: dict[str, Any]) -> None:
         "/ torch",
         "/ plain FFT",
         "/ FFT pair",
+        "/ flax + dropout",
         "bytes (flax, bound)",
         "kept (flax)",
         "temporary (flax)",
@@ -318,7 +341,7 @@ def show(results: dict[str, Any]) -> None:
         ratio = "{ratio_flax:.2f} [{ratio_flax_low:.2f}, {ratio_flax_high:.2f}]".format(**row)
         others = (
             f"{row[name]:.2f}" if (name := f"ratio_{peer}") in row else ""
-            for peer in ("torch", "plain_fft", "fft_pair")
+            for peer in ("torch", "plain_fft", "fft_pair", "flax_dropout")
         )
         table.add_row(
             row["method"],

@@ -57,6 +57,33 @@ class Affine(Norm):
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
+class AnalyticGhostNoise(Norm):
+    ghost_batch_size: int
+    axis: int | tuple[int, ...]
+    dtype: Any
+    axis_name: str | tuple[str, ...] | None
+    noise: Literal["both", "shift", "scale"]
+    shift_unit: Literal["one", "deviation", "deviation, differentiated"]
+    strength: float | Callable[[Any], Any]
+    unbiased_scale: bool
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        ghost_batch_size: int,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        noise: Literal["both", "shift", "scale"] = ...,
+        shift_unit: Literal["one", "deviation", "deviation, differentiated"] = ...,
+        strength: float | Callable[[Any], Any] = ...,
+        unbiased_scale: bool = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 class BatchNorm(Norm):
     axis: int | tuple[int, ...]
     momentum: float
@@ -185,6 +212,94 @@ class DynamicTanh(Norm):
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
+class EvalNorm(Norm):
+    axis: int | tuple[int, ...]
+    momentum: float
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    ghost_batch_size: int | None
+    own_weight: Literal["1/N", "1/N^2"]
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        ghost_batch_size: int | None,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        momentum: float = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        own_weight: Literal["1/N", "1/N^2"] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class ExclusiveBatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    momentum: float
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    ghost_batch_size: int | None
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        ghost_batch_size: int | None = ...,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        momentum: float = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 class Ghost(Norm):
     method: Any
     groups: int
@@ -196,6 +311,139 @@ class Ghost(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class GhostBatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    momentum: float
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    ghost_batch_size: int | None
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        ghost_batch_size: int | None,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        momentum: float = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class GhostNoise(Norm):
+    ghost_batch_size: int | None
+    axis: int | tuple[int, ...]
+    epsilon: float
+    dtype: Any
+    axis_name: str | tuple[str, ...] | None
+    drawing: Literal["replacement", "partition", "shuffle", "consecutive"]
+    noise: Literal["both", "shift", "scale"]
+    independent_channels: bool
+    effective_size: float | None
+    strength: float | Callable[[Any], Any]
+    unbiased_scale: bool
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        ghost_batch_size: int | None = ...,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        drawing: Literal["replacement", "partition", "shuffle", "consecutive"] = ...,
+        noise: Literal["both", "shift", "scale"] = ...,
+        independent_channels: bool = ...,
+        effective_size: float | None = ...,
+        strength: float | Callable[[Any], Any] = ...,
+        unbiased_scale: bool = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class GhostNoiseBatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    momentum: float
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    ghost_batch_size: int | None
+    noise_epsilon: float
+    drawing: Literal["replacement", "partition", "shuffle", "consecutive"]
+    noise: Literal["both", "shift", "scale"]
+    independent_channels: bool
+    effective_size: float | None
+    strength: float | Callable[[Any], Any]
+    unbiased_scale: bool
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        ghost_batch_size: int | None = ...,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        momentum: float = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        noise_epsilon: float = ...,
+        drawing: Literal["replacement", "partition", "shuffle", "consecutive"] = ...,
+        noise: Literal["both", "shift", "scale"] = ...,
+        independent_channels: bool = ...,
+        effective_size: float | None = ...,
+        strength: float | Callable[[Any], Any] = ...,
+        unbiased_scale: bool = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
@@ -493,11 +741,17 @@ class SpectralBatchNorm(Norm):
 
 __all__ = [
     "Affine",
+    "AnalyticGhostNoise",
     "BatchNorm",
     "BatchRenorm",
     "Chain",
     "DynamicTanh",
+    "EvalNorm",
+    "ExclusiveBatchNorm",
     "Ghost",
+    "GhostBatchNorm",
+    "GhostNoise",
+    "GhostNoiseBatchNorm",
     "GroupNorm",
     "InputNorm",
     "InstanceNorm",

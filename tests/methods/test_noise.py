@@ -73,7 +73,7 @@ class NormTest(parameterized.TestCase):
         self.assertLess(gaps[2], gaps[1] / 2)
 
     def test_own_weight_of_eval_norm_is_what_training_expects(self):
-        """Mean over the batches of a sample's mean: 1/N fits to 2 %, 1/N^2 is off by more."""
+        """A sample of ones among N - 1 standard normal ones meets the mean 1/N on average."""
         method = nj.EvalNorm(8, use_scale=False, use_bias=False)
         state = nj.Running(jnp.zeros(1), jnp.ones(1))
         x = 1.0 + jnp.zeros((1, 4, 1))
@@ -164,7 +164,7 @@ class NoiseTest(parameterized.TestCase):
 
     @parameterized.parameters(1, 2, 16, 40)
     def test_product_with_counts_equals_gathering(self, size):
-        table = draw(0, 24, 3, 5)
+        table = jnp.asarray(draw(0, 24, 3, 5))
         indices = np.random.default_rng(1).integers(0, 24, (24, size)).astype("int32")
         both = [noise.resampled(table, jnp.asarray(indices), count=c) for c in (True, False)]
         close(both[0], both[1], 1e-4)
@@ -269,7 +269,7 @@ class NoiseTest(parameterized.TestCase):
         fields = {} if drawing is None else dict(drawing=drawing, epsilon=0.0)
         samples, channels = 256, 4096
         x = jnp.asarray(draw(3, samples, channels))
-        x = (x - x.mean(0)) / x.std(0)
+        x = (x - x.mean(0, keepdims=True)) / x.std(0, keepdims=True)
         method = make(size, **fields)
         y = noisy(method, x)
         if drawing is None:
