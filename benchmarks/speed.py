@@ -1,7 +1,8 @@
 """Times normjax beside flax.linen, and PyTorch where installed: `python -m benchmarks.speed`.
 
 Spectral norms stand beside flax.linen's BatchNorm, a plain implementation with `jnp.fft`, and no
-more than a transform and its inverse; norms with ghost noise beside flax.linen's BatchNorm alone and with dropout.
+more than a transform and its inverse. Norms with ghost noise stand beside flax.linen's BatchNorm,
+alone and with dropout.
 
 A training step (forward and backward pass with a given cotangent, in one compiled program) of each
 method is timed in turns with its peers. Beside the time ratios stand what does not depend on the

@@ -561,9 +561,9 @@ def _mapped(subject):
 
     def mapped_by(transform):
         def run(params, state, *data):
-            one = lambda variables, data: everything(*variables, *data)
-            mapped = transform(one, in_axes=(None, 0), axis_name=AXIS)
-            return join(mapped((params, state), split(data)))
+            # A closure: `pmap` takes no argument without arrays, such as variables of none.
+            one = lambda data: everything(params, state, *data)
+            return join(transform(one, axis_name=AXIS)(split(data)))
 
         return run
 
