@@ -147,25 +147,26 @@ def measure(
     import numpy as np
 
     x, g = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in range(2))
+    key = jax.random.key(2)
     row: dict[str, Any] = {"method": method, "shape": list(shape), "dtype": dtype}
     turns: dict[str, Callable[[], float]] = {}
     for name, (variables, apply) in _programs(method, shape[1:-1], shape[-1]).items():
 
-        def step(variables, x, g, apply=apply):
-            (y, new), pullback = jax.vjp(lambda v, x: apply(v, x), variables, x)
+        def step(variables, x, g, key, apply=apply):
+            (y, new), pullback = jax.vjp(lambda v, x: apply(v, x, key), variables, x)
             return y, new, pullback((g, jax.tree.map(jnp.zeros_like, new)))
 
         start = time.perf_counter()
-        compiled = jax.jit(step).lower(variables, x, g).compile()
+        compiled = jax.jit(step).lower(variables, x, g, key).compile()
         row[f"{name}_compile_s"] = time.perf_counter() - start
         row[f"{name}_bytes"] = _static(compiled)[0] / x.nbytes
         row[f"{name}_temporaries"] = _static(compiled)[1] / x.nbytes
-        row[f"{name}_kept"] = _kept(apply, variables, x)
+        row[f"{name}_kept"] = _kept(apply, variables, x, key)
 
         def turn(compiled=compiled, variables=variables):
             start = time.perf_counter()
             for _ in range(repeats):
-                out = compiled(variables, x, g)
+                out = compiled(variables, x, g, key)
             jax.block_until_ready(out)
             return (time.perf_counter() - start) / repeats
 
@@ -192,7 +193,7 @@ def _static(compiled):
 
 
 def _programs(method, sizes, channels):
-    """Variables and `apply(variables, x) -> (y, new statistics)` of normjax and its peers."""
+    """Variables and `apply(variables, x, key) -> (y, new statistics)` of normjax and its peers."""
     import jax
     import jax.numpy as jnp
     from flax import linen as nn
@@ -226,21 +227,17 @@ def _programs(method, sizes, channels):
     variables = theirs.init(jax.random.key(0), jnp.ones((2, 2, 2, channels)))
     after = jax.nn.relu if method == "BatchNorm, relu" else lambda y: y
 
-    def flax(variables, x):
+    def flax(variables, x, key):
         y, new = theirs.apply(variables, x, mutable=["batch_stats"])
         return after(y.astype(x.dtype)), new
 
-    def key(x):  # of the data, so that no draw is a constant of the program
-        words = jax.lax.bitcast_convert_type(x.reshape(-1)[:2].astype(jnp.float32), jnp.uint32)
-        return jax.random.wrap_key_data(jax.lax.stop_gradient(words))
-
-    def normjax(variables, x):
-        draw = {"key": key(x)} if checks.is_random(ours) else {}
+    def normjax(variables, x, key):
+        draw = {"key": key} if checks.is_random(ours) else {}
         return ours.apply(*variables, x, train=True, **draw)
 
-    def dropout(variables, x):
-        y, new = flax(variables, x)
-        return nn.Dropout(0.1, deterministic=False).apply({}, y, rngs={"dropout": key(x)}), new
+    def dropout(variables, x, key):
+        y, new = flax(variables, x, key)
+        return nn.Dropout(0.1, deterministic=False).apply({}, y, rngs={"dropout": key}), new
 
     programs = {"normjax": (ours.init(None, channels), normjax), "flax": (variables, flax)}
     if checks.is_random(ours):
@@ -252,7 +249,7 @@ def _programs(method, sizes, channels):
     return programs
 
 
-def _plain_fft(method, variables, x):
+def _plain_fft(method, variables, x, key):
     """Spectral batch norm of [N, H, W, C] as its formula reads; no method: there and back only."""
     import jax.numpy as jnp
     from jax import lax
@@ -269,11 +266,12 @@ def _plain_fft(method, variables, x):
     return jnp.fft.irfft2(spectrum, x.shape[1:3], **how).astype(x.dtype), new
 
 
-def _kept(apply, variables, x):
+def _kept(apply, variables, x, key):
     """Bytes kept for reverse mode across a jit boundary, per byte of input."""
     import jax
 
-    _, pullback = jax.jit(lambda v, x: jax.vjp(lambda v, x: apply(v, x)[0], v, x))(variables, x)
+    output = lambda v, x: apply(v, x, key)[0]
+    _, pullback = jax.jit(lambda v, x: jax.vjp(output, v, x))(variables, x)
     return sum(a.nbytes for a in jax.tree.leaves(pullback)) / x.nbytes
 
 

@@ -17,7 +17,7 @@ from jax import lax
 from jax.scipy.special import betaln, gammaln
 
 from normjax.core import checks, passes, sync
-from normjax.core.linear import place, spec
+from normjax.core.linear import fence, place, spec
 from normjax.core.structs import Axes, AxisName, Features, Key, Moments
 from normjax.core.tracing import traced_once
 
@@ -241,7 +241,8 @@ def gathered(own: Moments, axis_name: AxisName) -> tuple[Moments, jax.Array | No
     """Moments of every sample of the global batch, and where this device's begin (None: all)."""
     if axis_name is None:
         whole = (None,) * own.mean.ndim
-        return Moments(*(place(a, whole, like=own.mean) for a in own)), None
+        # Fenced, or XLA would make passes over the activation for sums of these sums.
+        return Moments(*fence(*(place(a, whole, like=own.mean) for a in own))), None
     stacked = sync.gather(own, axis_name)
     first = lax.axis_index(axis_name) * own.mean.shape[0]
     return Moments(*(a.reshape(-1, *a.shape[2:]) for a in stacked)), first
@@ -275,7 +276,8 @@ def ghost_noise(
     if method.effective_size is not None:
         size = jnp.maximum(method.effective_size * single, 1)
         share = _shares(size)
-    table = jnp.stack([every.count, every.count * gap, every.count * (every.var + gap**2)], 1)
+    number = every.count + jnp.zeros_like(gap)  # sharded alike
+    table = jnp.stack([number, number * gap, number * (every.var + gap**2)], 1)
 
     def noise(first, like):
         def mine(a):
