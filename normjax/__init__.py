@@ -10,8 +10,8 @@ from normjax.core.structs import Moments as Moments
 from normjax.core.structs import Running as Running
 from normjax.methods.batch import BatchNorm as BatchNorm
 from normjax.methods.batch import BatchRenorm as BatchRenorm
-from normjax.methods.batch import InputNorm as InputNorm
 from normjax.methods.batch import ExclusiveBatchNorm as ExclusiveBatchNorm
+from normjax.methods.batch import InputNorm as InputNorm
 from normjax.methods.batch import Ramp as Ramp
 from normjax.methods.chain import Chain as Chain
 from normjax.methods.chain import chain as chain

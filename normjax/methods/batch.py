@@ -1,5 +1,4 @@
-"""Batch normalization, of inputs too, and batch renormalization."""
-"""Batch normalization, batch renormalization, and statistics that leave a sample's own out."""
+"""Batch normalization, of inputs too, leaving samples out, and batch renormalization."""
 
 import dataclasses
 import math
