@@ -115,7 +115,7 @@ def _features(method, x):
 
 def _module(method, *, like_flax=False):
     """The module class of `method`, with its documentation and fields, and Flax's own."""
-    by_position_first = sorted(dataclasses.fields(method), key=lambda f: f.kw_only)
+    by_position_first = sorted(dataclasses.fields(method), key=lambda f: f.kw_only is True)
     fields = {f.name: (f.type, f.default) for f in by_position_first}
     switch = {}
     if checks.depends_on_train(method) is not False:

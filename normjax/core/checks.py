@@ -236,13 +236,14 @@ def is_random(value: Any) -> bool:
     return getattr(value, "random", False)
 
 
-def need_key(name: str, key: Any) -> None:
-    """ValueError if training has no key to draw random numbers with."""
+def need_key(name: str, key: Any) -> Any:
+    """The key with which training draws random numbers; ValueError if there is none."""
     if key is None:
         raise ValueError(
             f"{name}: key=None, but training draws random numbers: give a key of its own for "
             "every layer and step (in Flax it comes from the stream `ghost`)."
         )
+    return key
 
 
 def no_index_groups(method: Any, reason: str) -> None:

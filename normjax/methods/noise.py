@@ -263,7 +263,7 @@ def ghost_noise(
       A function of the first sample of this device (None: all are its own) and of an array of its
       samples, which gives shift and scale of the shape and with the sharding of that array.
     """
-    checks.need_key(type(method).__name__, key)
+    key = checks.need_key(type(method).__name__, key)
     every = lax.stop_gradient(every)
     whole = Moments(*(a[None] for a in sync.merge(every)))
     gap = every.mean - whole.mean
@@ -293,7 +293,7 @@ def ghost_noise(
                 n = jnp.maximum(roster.number, 2).astype(shift.dtype)
                 inverse = inverse * jnp.maximum(n - size, 0) / (n - 1)
             scale = scale * expected_inverse(inverse, strength)
-        return tuple(place(a, spec(like), like=like) for a in (shift, scale))
+        return place(shift, spec(like), like=like), place(scale, spec(like), like=like)
 
     return noise
 
@@ -567,7 +567,7 @@ class AnalyticGhostNoise:
         check_state(name, self, state)
         if not train:
             return x.astype(passes.output_dtype(self.dtype, x)), state
-        checks.need_key(name, key)
+        key = checks.need_key(name, key)
         if self.shift_unit != "one" and not positions:
             raise ValueError(
                 f"{name}: shift_unit={self.shift_unit!r}, but an input of shape {x.shape} has no "
