@@ -211,7 +211,7 @@ def _affine_tangent(activation, dtype, saved, tangents):
 
 def _affine_transpose(activation, saved, g):
     x, *small = saved
-    zero = sum(jnp.zeros_like(a) for a in small)
+    zero = jnp.zeros(jnp.broadcast_shapes(*(a.shape for a in small)), small[1].dtype)
 
     def inputs(*after):
         """Cotangent before the activation, centred input, gain: for a pass after `after`'s."""

@@ -195,13 +195,14 @@ def _unfold(e, x, layout):
 
 def _folds(x, layout):
     """`_fold` in a pass of its own."""
-    return fence(_fold(*fence(x), layout))[0]
+    (x,) = fence(x)
+    return fence(_fold(x, layout))[0]
 
 
 def _centre_folds(folds, real, imag, mask, how):
     """What `_folds` makes of the centred input, from what it makes of the input."""
     patch, (layout, _) = _patch(how, real.dtype), how
-    row = patch.at * _fold(real * patch.of_one + imag * patch.of_i, layout)
+    row = jnp.asarray(patch.at) * _fold(real * patch.of_one + imag * patch.of_i, layout)
     return folds - (row if mask is None else keep(mask, row))
 
 

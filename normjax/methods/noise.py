@@ -567,7 +567,6 @@ class AnalyticGhostNoise:
         check_state(name, self, state)
         if not train:
             return x.astype(passes.output_dtype(self.dtype, x)), state
-        key = checks.need_key(name, key)
         if self.shift_unit != "one" and not positions:
             raise ValueError(
                 f"{name}: shift_unit={self.shift_unit!r}, but an input of shape {x.shape} has no "
@@ -580,7 +579,7 @@ class AnalyticGhostNoise:
             unit = jnp.where(var > 0, jnp.sqrt(_nonzero(var)), 0)
             unit = unit if self.shift_unit.endswith("differentiated") else lax.stop_gradient(unit)
         shape = tuple(n if i in (0, *at) else 1 for i, n in enumerate(x.shape))
-        normal, chi2 = draw_analytic(self, key, shape, dtype)
+        normal, chi2 = draw_analytic(self, checks.need_key(name, key), shape, dtype)
         normal, chi2 = (
             place(a, tuple(n if i in (0, *at) else None for i, n in enumerate(spec(x))), like=x)
             for a in (normal, chi2)
