@@ -12,7 +12,7 @@ def rows():
     """All pairs; of variants of a method the long checks are marked slow."""
     for case in CASES:
         for check in CHECKS:
-            variant = "," in case and not case.startswith("Ghost")
+            variant = "," in case and not case.startswith("Ghost,")
             marks = [pytest.mark.slow] if variant and check in LONG else []
             yield pytest.param(case, check, marks=marks, id=f"{case}-{check}")
 
