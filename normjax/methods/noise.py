@@ -136,7 +136,7 @@ class GhostNoise:
         """No parameters; the number of updates if `strength` is a schedule."""
         del key
         checks.features("GhostNoise", features)
-        return (), first_state(self)
+        return (), _first_state(self)
 
     @traced_once
     def apply(
@@ -167,7 +167,7 @@ class GhostNoise:
         x, mask = passes.inputs(name, x, mask)
         at = checks.axes(name, "axis", self.axis, x.shape)
         positions = checks.samples_first(name, at, x.shape)
-        check_state(name, self, state)
+        _check_state(name, self, state)
         if not train:
             return x.astype(passes.output_dtype(self.dtype, x)), state
         check_ghosts(self, positions, x.shape)
@@ -176,7 +176,7 @@ class GhostNoise:
         shift, scale = ghost_noise(
             self, self.epsilon, every, key, state.count, masked=mask is not None
         )(first, own.mean)
-        state = advanced(state, jnp.any(every.count > 0))
+        state = _advanced(state, jnp.any(every.count > 0))
         return passes.affine(x, shift, 1 / scale, dtype=self.dtype), state
 
 
@@ -222,17 +222,17 @@ def check_ghosts(method: Any, positions: tuple[int, ...], shape: tuple[int, ...]
         )
 
 
-def first_state(method: Any) -> NoiseState:
+def _first_state(method: Any) -> NoiseState:
     """No updates so far, or nothing to count."""
     return NoiseState(jnp.zeros((), jnp.float32) if callable(method.strength) else None)
 
 
-def check_state(name: str, method: Any, state: NoiseState) -> None:
+def _check_state(name: str, method: Any, state: NoiseState) -> None:
     """ValueError unless `state` counts exactly if the strength is a schedule."""
     checks.counted(name, state, callable(method.strength))
 
 
-def advanced(state: NoiseState, used: jax.Array) -> NoiseState:
+def _advanced(state: NoiseState, used: jax.Array) -> NoiseState:
     """`state` after an update that counts if `used`."""
     return NoiseState(None if state.count is None else state.count + used.astype(jnp.float32))
 
@@ -285,8 +285,8 @@ def ghost_noise(
 
         totals = _totals(method, table, roster, key, mine, share)
         shift, scale = shift_and_scale(totals, whole.var, epsilon, method.noise)
-        strength = strength_at(method.strength, count, shift.dtype)
-        shift, scale = strengthened(shift, scale, strength)
+        strength = _strength_at(method.strength, count, shift.dtype)
+        shift, scale = _strengthened(shift, scale, strength)
         if method.unbiased_scale:
             inverse = single / size
             if method.drawing != "replacement":
@@ -454,14 +454,14 @@ def shift_and_scale(
     return shift, jnp.where(count > 0, scale, 1)
 
 
-def strength_at(strength: Strength, count: jax.Array | None, dtype: Any) -> Any:
-    """The number one if it is, else an array."""
+def _strength_at(strength: Strength, count: jax.Array | None, dtype: Any) -> Any:
+    """The strength after `count` updates: the float 1.0 where it is one for good, else an array."""
     if not callable(strength) and strength == 1:
         return 1.0
     return jnp.asarray(strength(count) if callable(strength) else strength, dtype)
 
 
-def strengthened(shift: jax.Array, scale: jax.Array, strength: Any) -> tuple[jax.Array, jax.Array]:
+def _strengthened(shift: jax.Array, scale: jax.Array, strength: Any) -> tuple[jax.Array, jax.Array]:
     """`shift` times `strength`, and `scale` to its power."""
     return (shift, scale) if isinstance(strength, float) else (shift * strength, scale**strength)
 
@@ -545,7 +545,7 @@ class AnalyticGhostNoise:
         """No parameters; the number of updates if `strength` is a schedule."""
         del key
         checks.features("AnalyticGhostNoise", features)
-        return (), first_state(self)
+        return (), _first_state(self)
 
     @traced_once
     def apply(
@@ -564,7 +564,7 @@ class AnalyticGhostNoise:
         x, mask = passes.inputs(name, x, mask)
         at = checks.axes(name, "axis", self.axis, x.shape)
         positions = checks.samples_first(name, at, x.shape)
-        check_state(name, self, state)
+        _check_state(name, self, state)
         if not train:
             return x.astype(passes.output_dtype(self.dtype, x)), state
         if self.shift_unit != "one" and not positions:
@@ -584,12 +584,12 @@ class AnalyticGhostNoise:
             place(a, tuple(n if i in (0, *at) else None for i, n in enumerate(spec(x))), like=x)
             for a in (normal, chi2)
         )
-        strength = strength_at(self.strength, state.count, dtype)
+        strength = _strength_at(self.strength, state.count, dtype)
         shift, scale = analytic_noise(self, normal, chi2, unit, strength)
         used = jnp.ones((), bool) if mask is None else jnp.any(mask)
         if mask is not None and self.axis_name is not None and state.count is not None:
             used = lax.psum(used.astype(jnp.float32), self.axis_name) > 0
-        return passes.affine(x, shift, 1 / scale, dtype=self.dtype), advanced(state, used)
+        return passes.affine(x, shift, 1 / scale, dtype=self.dtype), _advanced(state, used)
 
 
 def draw_analytic(
@@ -631,7 +631,7 @@ def analytic_noise(
     shift, scale = normal * unit / math.sqrt(size), jnp.sqrt(chi2 / size)
     shift = jnp.zeros_like(shift) if method.noise == "scale" else shift
     scale = jnp.ones_like(scale) if method.noise == "shift" else scale
-    shift, scale = strengthened(shift, scale, strength)
+    shift, scale = _strengthened(shift, scale, strength)
     if method.unbiased_scale:
         scale = scale * expected_inverse(
             jnp.full((1,) * scale.ndim, 1 / size, scale.dtype), strength
