@@ -41,9 +41,7 @@ CASES = {
     "Ghost, renorm": Subject(
         nj.Ghost(nj.BatchRenorm(r_max=2.0, d_max=1.0), groups=2), (16, 6, 4), drops_rows=False
     ),
-    "Ghost, random": Subject(
-        nj.Ghost(nj.AnalyticGhostNoise(4), groups=8), (32, 3, 3, 4), drops_rows=False
-    ),
+    "Ghost, random": Subject(nj.Ghost(nj.GhostNoise(2), groups=8), (32, 3, 3, 4), drops_rows=False),
     "GhostBatchNorm": Subject(nj.GhostBatchNorm(4), (16, 6, 4), drops_rows=False),
     "GhostBatchNorm, one part per device": Subject(
         nj.GhostBatchNorm(2, activation=jax.nn.relu), (16, 6, 4), drops_rows=False

@@ -1,13 +1,16 @@
 """Meshes with two axes: channels sharded too, Auto and Explicit; the state keeps its type."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import normjax as nj
-from normjax.testing import count_collectives
+from normjax.testing import count_collectives, with_axis_name
 
 SHAPE = (8, 4, 2, 8)
 METHODS = {
@@ -23,7 +26,20 @@ METHODS = {
     "DynamicTanh": nj.DynamicTanh(),
     "Ghost, more groups than devices": nj.Ghost(nj.BatchNorm(), groups=8),
     "Ghost, fewer groups than devices": nj.Ghost(nj.BatchNorm(), groups=2),
+    "GhostBatchNorm": nj.GhostBatchNorm(2),
+    "ExclusiveBatchNorm": nj.ExclusiveBatchNorm(),
     "chain": nj.chain(nj.GroupNorm(2), nj.BatchNorm()),
+}
+RANDOM = {
+    "GhostNoise": nj.GhostNoise(4),
+    "GhostNoise, gathered": nj.GhostNoise(2),
+    "GhostNoise, each channel": nj.GhostNoise(4, independent_channels=True),
+    "GhostNoise, effective size": nj.GhostNoise(effective_size=6.5),
+    "GhostNoise, partition": nj.GhostNoise(4, drawing="partition"),
+    "GhostNoise, shuffle": nj.GhostNoise(4, drawing="shuffle"),
+    "AnalyticGhostNoise": nj.AnalyticGhostNoise(4),
+    "GhostNoiseBatchNorm": nj.GhostNoiseBatchNorm(4),
+    "Ghost": nj.Ghost(nj.GhostNoise(2), groups=8),
 }
 
 
@@ -86,3 +102,62 @@ def test_collectives_under_jit(method, allowed):
         return method.apply(params, state, x, train=True)
 
     assert count_collectives(forward, params, state, x) <= allowed
+
+
+@pytest.mark.parametrize("size", (1, 2, 4), ids=lambda n: f"{64 // n // 8} groups per device")
+def test_ghosts_on_their_devices_need_no_collective(size):
+    """Output and input's gradient of groups that lie on a device, under jit and shard_map."""
+    method = nj.GhostBatchNorm(size)
+    params, state = method.init(None, 4)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("batch")
+    x, g = jax.device_put((jnp.ones((64, 3, 4)),) * 2, NamedSharding(mesh, rows))
+
+    def step(method, x, g):
+        y, back = jax.vjp(lambda x: method.apply(params, state, x, train=True)[0], x)
+        return y, back(g)[0]
+
+    assert count_collectives(functools.partial(step, method), x, g) == 0
+    local = functools.partial(step, with_axis_name(method, "batch"))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    assert count_collectives(mapped, x, g) == 0
+    whole = functools.partial(step, nj.BatchNorm())
+    assert count_collectives(whole, x, g) > 0, "nothing is counted"
+
+
+def on_devices():
+    """All pairs; fewer than eight devices are slow for all but one."""
+    for name in RANDOM:
+        for devices in (1, 2, 4, 8):
+            marks = [] if devices == 8 or name == "GhostNoise" else [pytest.mark.slow]
+            yield pytest.param(name, devices, marks=marks, id=f"{name}-{devices}")
+
+
+@pytest.mark.parametrize(("name", "devices"), list(on_devices()))
+def test_one_draw_for_any_devices(name, devices):
+    """Jit over devices and shard_map over a named axis draw what one device draws, masks too."""
+    method, key = RANDOM[name], jax.random.key(2)
+    params, state = method.init(None, 3)
+    x = jax.random.normal(jax.random.key(0), (64, 2, 3))
+    mask = jax.random.bernoulli(jax.random.key(1), 0.8, (64, 2, 1)).at[:5].set(False)
+    mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("batch")
+
+    def step(method, x, mask):
+        return method.apply(params, state, x, train=True, mask=mask, key=key)[0]
+
+    def local(x, mask):
+        return step(with_axis_name(method, "batch"), x, mask)
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    for keep in (None, mask):
+        wanted = step(method, x, keep)
+        sharded = jax.device_put((x, keep), NamedSharding(mesh, rows))
+        got = jax.jit(functools.partial(step, method))(*sharded)
+        chex.assert_trees_all_close(jax.device_get(got), wanted, rtol=2e-5, atol=2e-5)
+        full = jnp.ones_like(mask) if keep is None else keep
+        got = jax.jit(mapped)(x, full)
+        chex.assert_trees_all_close(
+            jax.device_get(got), step(method, x, full), rtol=2e-5, atol=2e-5
+        )
+        assert not np.allclose(got, x), "no noise"

@@ -276,7 +276,7 @@ def ghost_noise(
     if method.effective_size is not None:
         size = jnp.maximum(method.effective_size * single, 1)
         share = _shares(size)
-    number = every.count + jnp.zeros_like(gap)  # sharded alike
+    number = jnp.where(gap == gap, every.count, every.count)  # sharded and batched alike
     table = jnp.stack([number, number * gap, number * (every.var + gap**2)], 1)
 
     def noise(first, like):
@@ -305,7 +305,7 @@ def _nonzero(a):
 class _Roster(NamedTuple):
     """Which samples can be drawn."""
 
-    samples: jax.Array  # i32[B], those that can, then the others
+    samples: jax.Array | None  # i32[B], those that can, then the others; None: all can
     rank: jax.Array  # i32[B], of every sample among those that can
     valid: jax.Array  # bool[B]
     number: jax.Array  # u32[], how many can
@@ -314,7 +314,7 @@ class _Roster(NamedTuple):
 def _roster(valid, samples):
     every = jnp.arange(samples, dtype=jnp.int32)
     if valid is None:
-        return _Roster(every, every, jnp.ones(samples, bool), jnp.uint32(samples))
+        return _Roster(None, every, jnp.ones(samples, bool), jnp.uint32(samples))
     rank = jnp.maximum(jnp.cumsum(valid.astype(jnp.int32)) - 1, 0)
     number = jnp.sum(valid.astype(jnp.uint32), dtype=jnp.uint32)
     return _Roster(jnp.argsort(~valid, stable=True).astype(jnp.int32), rank, valid, number)
@@ -330,8 +330,8 @@ def draw_indices(key: jax.Array, rank: jax.Array, roster: _Roster, *shape: int) 
 
     One random word each, whose remainder favours no sample by more than its share of 2**-32.
     """
-    drawn = _words(key, rank, *shape) % jnp.maximum(roster.number, 1)
-    return roster.samples[drawn.astype(jnp.int32)]
+    drawn = (_words(key, rank, *shape) % jnp.maximum(roster.number, 1)).astype(jnp.int32)
+    return drawn if roster.samples is None else roster.samples[drawn]
 
 
 def draw_order(key: jax.Array, roster: _Roster) -> jax.Array:

@@ -81,6 +81,40 @@ class NormTest(parameterized.TestCase):
         a = 1 / 8
         close(y, (x - a) / jnp.sqrt((1 - a) + a * (1 - a) + 1e-5), TOLERANCE["float32"])
 
+    @parameterized.parameters(("1/N", True), ("1/N^2", False))
+    def test_own_weight_of_eval_norm_by_simulation(self, own_weight, agrees):
+        """One sample among 7 drawn anew 20000 times: its statistics in training, on average.
+
+        Mean and variance about it agree to 5 standard errors with 1 / N; with 1 / N^2 the mean is
+        off by 0.3. The variance about the expected mean is that in the ghost batch and that of its
+        mean together.
+        """
+        ghosts, size, mean, deviation = 20000, 8, 1.0, 2.0
+        own = 4 + draw(0, 1, 3, 1)
+        others = mean + deviation * draw(1, ghosts, size - 1, 3, 1)
+        x = np.concatenate([np.broadcast_to(own, (ghosts, 1, 3, 1)), others], 1)
+        plain = dict(use_scale=False, use_bias=False, epsilon=0.0)
+        y, _ = nj.GhostBatchNorm(size, **plain).apply(
+            nj.AffineParams(),
+            nj.Running(jnp.zeros(1), jnp.ones(1)),
+            jnp.asarray(x.reshape(-1, 3, 1), "float32"),
+            train=True,
+        )
+        y = np.asarray(y, "float64").reshape(x.shape)[:, 0]  # of the sample itself
+        spread = (own[:, 0] - own[:, 1]) / (y[:, 0] - y[:, 1])
+        means = (own[:, 0] - y[:, 0] * spread)[:, 0]
+        state = nj.Running(jnp.full(1, mean), jnp.full(1, deviation**2))
+        method = nj.EvalNorm(size, own_weight=own_weight, **plain)
+        at, _ = method.apply(nj.AffineParams(), state, jnp.asarray(own, "float32"), train=False)
+        at = np.asarray(at, "float64")
+        root = (own[0, 0, 0] - own[0, 1, 0]) / (at[0, 0, 0] - at[0, 1, 0])
+        center = own[0, 0, 0] - at[0, 0, 0] * root
+        error = abs(center - means.mean()) / (means.std() / np.sqrt(ghosts))
+        self.assertEqual(error < 5, agrees)
+        variances = spread[:, 0] ** 2 + (means - means.mean()) ** 2
+        error = abs(root**2 - variances.mean()) / (variances.std() / np.sqrt(ghosts))
+        self.assertEqual(error < 5, agrees)
+
     @parameterized.parameters(
         (nj.GhostBatchNorm, (4,), (6, 3), "ghost_batch_size=4"),
         (nj.GhostBatchNorm, (1,), (6, 3), "single"),
@@ -262,6 +296,9 @@ class NoiseTest(parameterized.TestCase):
     def test_distribution(self, make, drawing, size):
         """Dense Gaussian features: shift ~ N(0, 1/N), N scale^2 ~ chi-squared of N - 1.
 
+        In parts of a batch of B: shift ~ N(0, (B - N) / (B - 1) / N) to the order of 1 / B, and
+        N/B scale^2 ~ Beta((N - 1) / 2, (B - N) / 2) exactly.
+
         Three tests each for shift and scale (mean, variance, Kolmogorov-Smirnov), each with a
         false-alarm rate of 1e-4, hence 6e-4 for a configuration; the seeds are fixed. One sample of
         each of 4096 independent channels is tested, so that the draws are independent.
@@ -283,9 +320,10 @@ class NoiseTest(parameterized.TestCase):
         finite = (samples - size) / (samples - 1) if drawing == "partition" else 1.0
         unit = shift / np.sqrt(finite / size)
         self.check_sample(unit, stats.norm(), channels)
-        if drawing == "partition":
-            return  # the chi-squared law is that of infinite populations
-        self.check_sample(size * scale**2, stats.chi2(size - 1), channels)
+        law, unit = stats.chi2(size - 1), size * scale**2
+        if drawing == "partition":  # the share of a part in the sum of squares of a whole batch
+            law, unit = stats.beta((size - 1) / 2, (samples - size) / 2), unit / samples
+        self.check_sample(unit, law, channels)
 
     def check_sample(self, sample, law, n):
         """Mean, variance and distribution; false-alarm rate 1e-4 each."""
