@@ -351,6 +351,13 @@ def _in_float64(subject, params, state, x):
         return np.asarray(subject.apply(params, state, x)[0])
 
 
+def _jit(function):
+    """Compiled fast, not to be fast: for large programs that run once, on a few numbers."""
+    cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if cpu else None
+    return jax.jit(function, compiler_options=options)
+
+
 def _derivatives(subject: Subject) -> None:
     """Every mode of differentiation, to third order, equals plain autodiff in float64."""
     with jax.enable_x64(True):
@@ -358,9 +365,9 @@ def _derivatives(subject: Subject) -> None:
         x = subject.inputs(jnp.float64)
         spoilt = jnp.where(subject.rows(), x, jnp.nan)
         for data, mask in ((x, None), (spoilt, subject.rows())):
-            ours = jax.jit(lambda *a: _all_derivatives(subject, *a))(params, state, data, mask)
+            ours = _jit(lambda *a: _all_derivatives(subject, *a))(params, state, data, mask)
             with plain_derivatives():
-                plain = jax.jit(lambda *a: _all_derivatives(subject, *a))(params, state, data, mask)
+                plain = _jit(lambda *a: _all_derivatives(subject, *a))(params, state, data, mask)
             chex.assert_tree_all_finite(ours)
             chex.assert_trees_all_close(ours, plain, **EXACT)
 
@@ -529,7 +536,7 @@ def _mapped(subject):
                 put = lambda a: jax.device_put(a, NamedSharding(mesh, rows))
                 params, state = jax.device_put((params, state), NamedSharding(mesh, whole))
                 data = jax.tree.map(put, data)
-                result = jax.jit(plain)(params, state, *data)
+                result = _jit(plain)(params, state, *data)
                 for a, b in zip(*map(jax.tree.leaves, (result["state"], state)), strict=True):
                     assert jax.typeof(a) == jax.typeof(b), f"{jax.typeof(b)} became {jax.typeof(a)}"
             return result
@@ -544,7 +551,7 @@ def _mapped(subject):
             mapped = jax.shard_map(
                 function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=check
             )
-            return jax.jit(mapped)(params, state, x, mask, weight)
+            return _jit(mapped)(params, state, x, mask, weight)
 
         return run
 
