@@ -242,7 +242,8 @@ def gathered(own: Moments, axis_name: AxisName) -> tuple[Moments, jax.Array | No
     if axis_name is None:
         whole = (None,) * own.mean.ndim
         # Fenced, or XLA would make passes over the activation for sums of these sums.
-        return Moments(*fence(*(place(a, whole, like=own.mean) for a in own))), None
+        count, *rest = (place(a, whole, like=own.mean) for a in own)
+        return Moments(count, *fence(*rest)), None
     stacked = sync.gather(own, axis_name)
     first = lax.axis_index(axis_name) * own.mean.shape[0]
     return Moments(*(a.reshape(-1, *a.shape[2:]) for a in stacked)), first
@@ -273,18 +274,23 @@ def ghost_noise(
     valid = jnp.any(every.count > 0, axis=tuple(range(1, gap.ndim))) if masked else None
     roster = _roster(valid, samples)
     share, size = None, float(method.ghost_batch_size or 0)
+    drawn = size
     if method.effective_size is not None:
         size = jnp.maximum(method.effective_size * single, 1)
-        share = _shares(size)
-    number = jnp.where(gap == gap, every.count, every.count)  # sharded and batched alike
-    table = jnp.stack([number, number * gap, number * (every.var + gap**2)], 1)
+        share, drawn = _shares(size)
+    table = [gap, every.var + gap**2]
+    if masked:
+        number = jnp.where(gap == gap, every.count, every.count)  # sharded and batched alike
+        table = [number, *(number * a for a in table)]
+    table = jnp.stack(table, 1)
 
     def noise(first, like):
         def mine(a):
             return a if first is None else lax.dynamic_slice_in_dim(a, first, like.shape[0])
 
-        totals = _totals(method, table, roster, key, mine, share)
-        shift, scale = shift_and_scale(totals, whole.var, epsilon, method.noise)
+        totals = jnp.unstack(_totals(method, table, roster, key, mine, share), axis=1)
+        totals = totals if masked else [jnp.asarray(drawn, gap.dtype), *totals]
+        shift, scale = shift_and_scale(*totals, whole.var, epsilon, method.noise)
         strength = _strength_at(method.strength, count, shift.dtype)
         shift, scale = _strengthened(shift, scale, strength)
         if method.unbiased_scale:
@@ -340,7 +346,7 @@ def draw_order(key: jax.Array, roster: _Roster) -> jax.Array:
 
 
 def _totals(method, table, roster, key, mine, share):
-    """Sums of `table` [B, 3, ...] over the ghost of each sample of this device."""
+    """Sums of `table` [B, K, ...] over the ghost of each sample of this device."""
     samples, size = table.shape[0], method.ghost_batch_size
     if method.drawing == "replacement":
         size = math.ceil(method.effective_size) if size is None else size
@@ -390,7 +396,7 @@ def resampled(
 def gather_each(
     table: jax.Array, draw: Callable[[jax.Array], jax.Array], size: int, share: Callable | None
 ) -> jax.Array:
-    """Sums of `table` [B, 3, ...] over `draw(k)` for k < `size`: samples [R] or [R, ...]."""
+    """Sums of `table` [B, K, ...] over `draw(k)` for k < `size`: samples [R] or [R, ...]."""
 
     def pick(k):
         index = draw(k)
@@ -415,7 +421,7 @@ def partitioned(table: jax.Array, order: jax.Array, place_of: jax.Array, size: i
 
 
 def _shares(size):
-    """Weights of the draws of a ghost of `size` samples, with a fraction of the last.
+    """Weights of the draws of a ghost of `size` samples, with a fraction of the last; their sum.
 
     Weights one, n times, and then a have the effective number (n + a)^2 / (n + a^2), which is the
     size n + f for this a.
@@ -428,22 +434,27 @@ def _shares(size):
         k = k.astype(size.dtype)
         return jnp.where(k < n, 1, jnp.where(k == n, last, 0))
 
-    return share
+    return share, n + last
 
 
 def shift_and_scale(
-    totals: jax.Array, var: jax.Array, epsilon: float, noise: str
+    count: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    var: jax.Array,
+    epsilon: float,
+    noise: str,
 ) -> tuple[jax.Array, jax.Array]:
     """The noise of ghosts.
 
     Args:
-      totals: of each ghost the count, the sum of gaps to the mean of the batch, and the sum of
-        their squares, [R, 3, ...].
+      count: how much each ghost holds, [R, ...] or one for all.
+      first: the sum of its gaps to the mean of the batch, [R, ...].
+      second: the sum of their squares.
       var: variance of the batch, [1, ...].
       epsilon: added to both variances.
       noise: "both", "shift" or "scale".
     """
-    count, first, second = (totals[:, i] for i in range(3))
     number = _nonzero(count)
     shift = first / number
     own = jnp.maximum(second / number - jnp.square(shift), 0)
