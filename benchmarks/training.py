@@ -226,7 +226,7 @@ def _accuracy(network, state, inputs, batches, train=False):
             images = scale(images, inputs)
             if train:
                 key = jax.random.fold_in(_key(state.seed, 1 + state.epoch), index)
-                logits, _ = _call(network, *variables.values(), images, key)
+                logits, _ = _call(network, state.params, state.batch_stats, images, key)
             else:
                 logits = network.apply(variables, images, train=False)
             return jnp.sum(logits.argmax(-1) == labels)

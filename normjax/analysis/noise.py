@@ -677,7 +677,7 @@ def plot_draws(drawn: Ghosts, size: float) -> "Figure":
         if not values.size:
             raise ValueError("plot_draws: no channel varies.")
         axes.hist(values, 60, density=True, color=COLORS[0], alpha=0.4)
-        line = np.linspace(*np.quantile(values, (0, 1)), 200)
+        line = np.linspace(values.min(), values.max(), 200)
         axes.plot(line, np.asarray(density(jnp.asarray(line))), color=COLORS[1])
         axes.set_title(title, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
