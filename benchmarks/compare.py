@@ -126,7 +126,11 @@ def prepare(config: options.Config, results: dict[str, Any]) -> tuple[training.I
                 f"--statistics-batch {config.statistics_batch} does not divide --batch-size {size}"
             )
     dataset = data.load(
-        config.data, config.data_dir, train_size=config.train_size, label_noise=config.label_noise
+        config.data,
+        config.data_dir,
+        train_size=config.train_size,
+        validation=config.validation,
+        label_noise=config.label_noise,
     )
     number = len(dataset.train_labels)
     if size > number:
@@ -315,6 +319,15 @@ def train(
     accuracy = np.asarray(state.correct) / np.sum(np.asarray(inputs.test_labels) >= 0)
     if config.recipe:
         record["moved"] = recipe.moved(untrained, state.params)
+    if config.validation:
+        found = training.validation_accuracy(arm.network, state, inputs)
+        record["validation_accuracy"] = found.tolist()
+    if config.both_modes:
+        record["train_accuracy"] = {}
+        for name, train in (("training", True), ("evaluation", False)):
+            how = {"batch_size": config.batch_size, "train": train}
+            found = training.train_accuracy(arm.network, state, inputs, **how)
+            record["train_accuracy"][name] = found.tolist()
     return record | {
         "seeds": state.seed.tolist(),
         "train_loss": _finite(state.train_loss),

@@ -15,17 +15,24 @@ RECORD = 1 + 3 * 32 * 32
 
 
 class Data(NamedTuple):
-    """Images u8[N, H, W, C] and labels i32[N] for training and testing, and the class names."""
+    """Images u8[N, H, W, C] and labels i32[N] of three parts, and the class names."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
     classes: tuple[str, ...]
+    validation_images: np.ndarray | None = None
+    validation_labels: np.ndarray | None = None
 
 
 def load(
-    kind: str, folder: str | None = None, *, train_size: int | None = None, label_noise: float = 0.0
+    kind: str,
+    folder: str | None = None,
+    *,
+    train_size: int | None = None,
+    validation: float = 0.0,
+    label_noise: float = 0.0,
 ) -> Data:
     """One of the data sets, with fewer train images and with wrong train labels if asked for.
 
@@ -33,6 +40,7 @@ def load(
       kind: "digits", "images" or "cifar10-bin".
       folder: where the files of the last two are.
       train_size: how many train images to keep, in the proportions of the classes; None: all.
+      validation: fraction of these to keep apart, in the proportions of the classes too.
       label_noise: fraction of the train labels that become another class.
 
     Raises:
@@ -50,6 +58,8 @@ def load(
         data = {"images": images, "cifar10-bin": cifar10}[kind](Path(folder))
     if train_size is not None:
         data = _subset(data, train_size)
+    if validation:
+        data = _keep_apart(data, validation)
     return data._replace(
         train_labels=flip_labels(data.train_labels, label_noise, len(data.classes))
     )
@@ -103,15 +113,39 @@ def _subset(data, size):
             f"--train-size {size} is not between {classes}, the number of classes, and {total}, "
             "the number of train images"
         )
-    share = np.empty(total)
-    order = np.random.default_rng(SEED).permutation(total)
-    for label in range(classes):
-        members = order[data.train_labels[order] == label]
-        share[members] = np.arange(len(members)) / len(members)
-    chosen = np.argsort(share, kind="stable")[:size]
+    return _only(data, _mixed(data)[:size])
+
+
+def _keep_apart(data, fraction):
+    total, classes = len(data.train_labels), len(data.classes)
+    size = total - round(fraction * total)
+    if not classes <= size <= total - classes:
+        raise ValueError(
+            f"--validation {fraction} keeps {total - size} of {total} train images apart: these "
+            f"and the others must be at least {classes}, the number of classes"
+        )
+    order = _mixed(data)
+    apart = order[size:]
+    return _only(data, order[:size])._replace(
+        validation_images=data.train_images[apart], validation_labels=data.train_labels[apart]
+    )
+
+
+def _only(data, chosen):
     return data._replace(
         train_images=data.train_images[chosen], train_labels=data.train_labels[chosen]
     )
+
+
+def _mixed(data):
+    """Indices of the train images in random order, every part in the proportions of the classes."""
+    total = len(data.train_labels)
+    share = np.empty(total)
+    order = np.random.default_rng(SEED).permutation(total)
+    for label in range(len(data.classes)):
+        members = order[data.train_labels[order] == label]
+        share[members] = np.arange(len(members)) / len(members)
+    return np.argsort(share, kind="stable")
 
 
 def _classes(folder):

@@ -30,6 +30,8 @@ class Config:
     batch_size: int = 32
     statistics_batch: int | None = None
     label_noise: float = 0.0
+    validation: float = 0.0
+    both_modes: bool = False
     train_size: int | None = None
     learning_rate: float = 0.1
     data: str = "digits"
@@ -102,6 +104,11 @@ def _parser():
     option("statistics-batch", "images per statistics, a divisor of --batch-size", type=_whole)
     option("label-noise", "fraction of train labels made wrong", type=_fraction)
     option("train-size", "number of train images to keep", type=_whole)
+    text = "fraction of the train images, with right labels, that are not trained on; the accuracy "
+    text += "on them goes to results.json"
+    option("validation", text, type=_fraction)
+    text = "note the accuracy on train images in training mode and in evaluation, in results.json"
+    option("both-modes", text, action="store_true")
     option("learning-rate", "highest learning rate of the schedule", type=_rate)
     option("data", "data set", choices=("digits", "images", "cifar10-bin"))
     option("data-dir", "folder of train/<class>/*.jpg and test/..., or of CIFAR-10 binary files")

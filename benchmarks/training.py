@@ -18,7 +18,7 @@ EVALUATION_BATCH = 256
 
 
 class Inputs(NamedTuple):
-    """A data set, all of it on the device; the test set in batches, padded by labels of -1."""
+    """A data set, all of it on the device; what is evaluated in batches, padded by labels of -1."""
 
     train_images: jax.Array  # u8[N, H, W, C]
     train_labels: jax.Array  # i32[N]
@@ -26,6 +26,8 @@ class Inputs(NamedTuple):
     test_labels: jax.Array  # i32[K, B]
     mean: jax.Array  # f32[1, 1, 1, C], of the train pixels
     std: jax.Array  # f32[1, 1, 1, C]
+    validation_images: jax.Array | None = None  # u8[J, B, H, W, C]
+    validation_labels: jax.Array | None = None  # i32[J, B]
 
 
 class State(NamedTuple):
@@ -51,19 +53,28 @@ class Program(NamedTuple):
 
 def put(data: Data) -> Inputs:
     """`data` on the default device."""
-    number = -(-len(data.test_labels) // EVALUATION_BATCH)
-    size = -(-len(data.test_labels) // number)
-    missing = number * size - len(data.test_labels)
-    images = np.pad(data.test_images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-    labels = np.pad(data.test_labels, (0, missing), constant_values=-1)
+    kept = () if data.validation_labels is None else _batches(*data[5:])
     mean, std = _pixel_moments(data.train_images)
     return Inputs(
         jnp.asarray(data.train_images),
         jnp.asarray(data.train_labels),
-        jnp.asarray(images.reshape(number, size, *images.shape[1:])),
-        jnp.asarray(labels.reshape(number, size)),
+        *_batches(data.test_images, data.test_labels),
         jnp.asarray(mean.reshape(1, 1, 1, -1), jnp.float32),
         jnp.asarray(np.where(std == 0, 1, std).reshape(1, 1, 1, -1), jnp.float32),
+        *kept,
+    )
+
+
+def _batches(images, labels):
+    """Equal batches, the last one padded by labels of -1."""
+    number = -(-len(labels) // EVALUATION_BATCH)
+    size = -(-len(labels) // number)
+    missing = number * size - len(labels)
+    images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    labels = np.pad(labels, (0, missing), constant_values=-1)
+    return (
+        jnp.asarray(images.reshape(number, size, *images.shape[1:])),
+        jnp.asarray(labels.reshape(number, size)),
     )
 
 
@@ -185,6 +196,45 @@ def compile(
     first = for_seeds(start).lower(jnp.arange(seeds))
     rest = (for_seeds(f).lower(first.out_info, inputs).compile() for f in (train, evaluate))
     return Program(first.compile(), *rest)
+
+
+def validation_accuracy(network: nn.Module, state: State, inputs: Inputs) -> np.ndarray:
+    """Share of right answers on the validation images, f[seeds]."""
+    return _accuracy(network, state, inputs, (inputs.validation_images, inputs.validation_labels))
+
+
+def train_accuracy(
+    network: nn.Module, state: State, inputs: Inputs, *, batch_size: int, train: bool
+) -> np.ndarray:
+    """Share of right answers on train images as they are, with the labels trained on, f[seeds].
+
+    The images come in batches of one random order for all seeds, without the last partial one. With
+    `train` the network normalizes and draws as in training, and learns nothing.
+    """
+    number = len(inputs.train_labels) // batch_size
+    order = np.random.default_rng(0).permutation(len(inputs.train_labels))
+    order = order[: number * batch_size].reshape(number, batch_size)
+    batches = inputs.train_images[order], inputs.train_labels[order]
+    return _accuracy(network, state, inputs, batches, train=train)
+
+
+def _accuracy(network, state, inputs, batches, train=False):
+    def of_seed(state):
+        def right(batch):
+            index, images, labels = batch
+            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            images = scale(images, inputs)
+            if train:
+                key = jax.random.fold_in(_key(state.seed, 1 + state.epoch), index)
+                logits, _ = _call(network, state.params, state.batch_stats, images, key)
+            else:
+                logits = network.apply(variables, images, train=False)
+            return jnp.sum(logits.argmax(-1) == labels)
+
+        return lax.map(right, (jnp.arange(len(batches[0])), *batches)).sum()
+
+    right = jax.jit(lambda state: lax.map(of_seed, state))(state)
+    return np.asarray(right) / np.sum(np.asarray(batches[1]) >= 0)
 
 
 def _pixel_moments(images):

@@ -32,6 +32,7 @@ LAYERS = [
     ["__init__"],
     ["linen", "nnx", "optim", "population", "folding", "interop", "testing"],
     ["training"],
+    ["analysis.layers"],
     ["analysis"],
     ["analysis.__init__"],
 ]

@@ -1,11 +1,10 @@
 """How large the feature maps of a network are, and how their power is spread over frequencies.
 
-`capture` runs any Flax model once and returns the outputs of its modules and what they sow;
-`measure` reduces them to a few numbers per map; `table` and `plot` show these over depth and over
-the steps of a training.
+`capture`, which is that of `normjax.analysis.layers`, runs any Flax model once and returns the
+outputs of its modules and what they sow; `measure` reduces them to a few numbers per map; `table`
+and `plot` show these over depth and over the steps of a training.
 """
 
-import functools
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,15 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
 
+from normjax.analysis.layers import capture as capture
 from normjax.core import checks, spectra
 from normjax.core.passes import widen
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-CALL = "__call__"
 
 
 class Measures(NamedTuple):
@@ -60,146 +57,6 @@ class Measures(NamedTuple):
     maximum: jax.Array
     flatness: jax.Array | None
     shares: jax.Array | None
-
-
-def capture(
-    model: linen.Module | nnx.Module, *args: Any, **kwargs: Any
-) -> OrderedDict[str, jax.Array]:
-    """Runs a model once and returns what its modules return from `__call__` and what they sow.
-
-    A value that is no module's output is seen if the model sows it: in Linen with
-    `self.sow("intermediates", name, value)`, in NNX with `self.sow(nnx.Intermediate, name, value)`.
-    So a residual block that computes `x + y` shows `y`, before the addition, as the output of its
-    last submodule, and the sum as its own output; a network that adds between its modules sows
-    both.
-
-    Works under `jax.jit` and `nnx.jit`, where maps that are only measured never leave the device.
-    The model and its variables stay as they were, also in training mode.
-
-    Args:
-      model: a Linen or NNX module.
-      *args: for a Linen module what `model.apply` takes, the variables first; all of them but
-        parameters are mutable. For an NNX module what `model` takes.
-      **kwargs: likewise; for Linen `rngs` and `method`, too.
-
-    Returns:
-      The real floating arrays of rank 2 and more in the order in which they were computed. Names
-      are paths: "block/conv" is the output of a module, "block/sum" a value sown as "sum" by the
-      module "block", "__call__" the output of the model. "block/conv#2" is of a second call,
-      "lstm[0]" a part of an output that is not one array. Maps of layers that `scan` runs are
-      stacked, if the scan lets them through. In Linen, what a module has sown before it calls one
-      made by `nn.remat`, `nn.jit` or `nn.scan` comes after the maps of that call.
-
-    Raises:
-      TypeError: if `model` is no Flax module, or a Linen module comes without variables.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import linen as nn
-      >>> from normjax.analysis import spectra
-      >>> class Block(nn.Module):
-      ...     @nn.compact
-      ...     def __call__(self, x):
-      ...         y = nn.Conv(3, (3, 3), name="conv")(x)
-      ...         self.sow("intermediates", "sum", x + y)
-      ...         return nn.relu(x + y)
-      >>> model, x = Block(), jnp.ones((2, 8, 8, 3))
-      >>> maps = spectra.capture(model, model.init(jax.random.key(0), x), x)
-      >>> {name: x.shape for name, x in maps.items()}
-      {'conv': (2, 8, 8, 3), 'sum': (2, 8, 8, 3), '__call__': (2, 8, 8, 3)}
-    """
-    if isinstance(model, linen.Module):
-        found, log = _run_linen(model, args, kwargs)
-    elif isinstance(model, nnx.Module):
-        found, log = _run_nnx(model, args, kwargs)
-    else:
-        raise TypeError(f"capture: {model!r} is not a module of flax.linen or flax.nnx.")
-    place = {entry: i for i, entry in enumerate(log)}
-    entries = [
-        ((path, name, i), value)
-        for path, name, values in _stored(found)
-        for i, value in enumerate(values)
-    ]
-    entries.sort(key=lambda entry: place.get(entry[0], len(place)))
-    maps = OrderedDict()
-    for (path, name, i), value in entries:
-        parts = path if path and name == CALL else (*path, name)
-        label = "/".join(map(str, parts)) + (f"#{i + 1}" if i else "")
-        for inner, leaf in jax.tree_util.tree_leaves_with_path(value):
-            if getattr(leaf, "ndim", 0) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
-                maps[label + jax.tree_util.keystr(inner)] = leaf
-    return maps
-
-
-def _stored(found, path=()):
-    """Path, name and values of what Flax has stored, a tree of tuples with a value per call."""
-    for name, value in found.items():
-        if isinstance(value, Mapping):
-            yield from _stored(value, (*path, name))
-        else:
-            yield path, name, value if isinstance(value, tuple) else (value,)
-
-
-# Flax stores values by path. The order of calls is noted apart from them, in a log of (path, name,
-# how many of these before), which stays valid when a transform inside the model traces the values.
-
-
-def _run_linen(model, args, kwargs):
-    if not args or not isinstance(args[0], Mapping):
-        raise TypeError("capture: a Linen module needs its variables as the first argument.")
-    variables = {name: tree for name, tree in args[0].items() if name != "intermediates"}
-    log = {}
-
-    def note(module, method):
-        """Flax calls this when a method returns, before it stores the output."""
-        top = module
-        while isinstance(top.parent, linen.Module):
-            top = top.parent
-        for path, name, values in _stored(top.variables.get("intermediates", {}), top.path):
-            log.update(dict.fromkeys((path, name, i) for i in range(len(values))))
-        if method == CALL:
-            before = module.variables.get("intermediates", {}).get(CALL, ())
-            log[module.path, CALL, len(before)] = None
-        return method == CALL
-
-    mutable = [*(variables.keys() - {"params"}), "intermediates"]
-    _, updates = model.apply(
-        variables, *args[1:], **kwargs, mutable=mutable, capture_intermediates=note
-    )
-    return updates.get("intermediates", {}), log
-
-
-def _run_nnx(model, args, kwargs):
-    model = nnx.clone(model)
-    log = {}
-
-    def note(path, name):
-        log[path, name, sum(entry[:2] == (path, name) for entry in log)] = None
-
-    modules: dict[Any, Any] = dict(nnx.iter_modules(model))
-    for path, module in modules.items():
-        object.__setattr__(module, "__class__", _recording(type(module)))
-        module._note_sown = functools.partial(note, path)
-    run = nnx.capture(lambda model: model(*args, **kwargs), nnx.Intermediate)
-    _, found = run(model)
-    return nnx.to_pure_dict(found), log
-
-
-@functools.cache
-def _recording(kind):
-    """A subclass whose instances sow what they return, and note what they sow."""
-
-    class Recording(kind):
-        def __call__(self, *args, **kwargs):
-            y = super().__call__(*args, **kwargs)
-            self.sow(nnx.Intermediate, CALL, y)
-            return y
-
-        def sow(self, variable_type, name, *args, **kwargs):
-            self._note_sown(name)
-            return super().sow(variable_type, name, *args, **kwargs)
-
-    return Recording
 
 
 def measure(

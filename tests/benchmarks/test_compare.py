@@ -392,3 +392,26 @@ def test_no_recipe_leaves_no_trace(finished):
     assert results["configuration"]["recipe"] == []
     assert "paired" not in results
     assert all(run.keys().isdisjoint({"plain", "moved"}) for run in results["runs"])
+
+
+def test_validation_and_both_modes(tmp_path, capsys):
+    argv = [*RUN, "--seeds", "2", "--validation", "0.25", "--both-modes", "--output", tmp_path]
+    code, _, err = call(capsys, *argv)
+    assert (code, err) == (0, "")
+    results = load(tmp_path)
+    assert results["data"]["train_images"] == 150
+    batch, layer, instance = results["runs"]
+    for run in (batch, layer):
+        assert len(run["validation_accuracy"]) == 2
+        right = np.array(run["validation_accuracy"]) * 50
+        np.testing.assert_allclose(right, right.round(), atol=1e-9)
+    modes = layer["train_accuracy"]
+    assert modes["training"] == modes["evaluation"]
+    assert batch["train_accuracy"]["training"] != batch["train_accuracy"]["evaluation"]
+    assert "validation_accuracy" not in instance
+
+
+def test_bad_validation(capsys):
+    code, _, err = call(capsys, "--validation", "1.5")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--validation" in err

@@ -156,3 +156,31 @@ def test_train_size():
     for size in (9, 1258):
         with pytest.raises(ValueError, match=f"--train-size {size} is not between 10.* and 1257"):
             data.load("digits", train_size=size)
+
+
+def test_validation_images_are_kept_apart():
+    digits = data.load("digits")
+    found = data.load("digits", validation=0.2, label_noise=0.2)
+    assert len(found.train_labels) == 1257 - 251
+    assert found.validation_images.shape == (251, 8, 8, 1)
+
+    def pixels(images):
+        return sorted(image.tobytes() for image in images)
+
+    both = np.concatenate([found.train_images, found.validation_images])
+    assert pixels(both) == pixels(digits.train_images)
+    share = np.bincount(found.validation_labels) / np.bincount(digits.train_labels)
+    np.testing.assert_allclose(share, 0.2, atol=0.01)
+    right = {image.tobytes(): label for image, label in zip(*digits[:2], strict=True)}
+    known = [right[image.tobytes()] for image in found.validation_images]
+    np.testing.assert_array_equal(found.validation_labels, known)
+    wrong = [right[i.tobytes()] != n for i, n in zip(*found[:2], strict=True)]
+    assert sum(wrong) == 201
+    np.testing.assert_array_equal(found.test_images, digits.test_images)
+    assert digits.validation_images is None
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_validation_needs_every_class(fraction):
+    with pytest.raises(ValueError, match=f"--validation {fraction} keeps .* of 1257 train images"):
+        data.load("digits", validation=fraction)

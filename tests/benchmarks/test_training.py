@@ -197,3 +197,41 @@ def test_weight_decay_is_on_kernels_alone():
     assert len(decayed) == 7
     assert "['head']['kernel']" in decayed
     assert all(name.endswith("['kernel']") for name in decayed)
+
+
+def test_accuracy_in_both_modes_and_on_validation_images():
+    network, states = trained(nj.BatchNorm(momentum=0.9))
+    data = small()
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 160, (7, 4, 4, 1)).astype(np.uint8)
+    inputs = training.put(
+        data._replace(validation_images=images, validation_labels=np.arange(7, dtype=np.int32) % 3)
+    )
+    order = np.random.default_rng(0).permutation(50)[:48].reshape(3, 16)
+    for seed in range(2):
+        state = jax.tree.map(lambda a, s=seed: a[s], states[2])
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+
+        def right(images, labels, train, variables=variables):
+            images = training.scale(jnp.asarray(images), inputs)
+            out = network.apply(variables, images, train=train, mutable=["batch_stats"])
+            return (np.asarray(out[0]).argmax(1) == labels).sum()
+
+        found = training.validation_accuracy(network, states[2], inputs)[seed]
+        assert found == right(images, np.arange(7) % 3, False) / 7
+        for train in (True, False):
+            each = [right(data.train_images[i], data.train_labels[i], train) for i in order]
+            how = {"batch_size": 16, "train": train}
+            found = training.train_accuracy(network, states[2], inputs, **how)[seed]
+            assert found == sum(each) / 48
+
+
+def test_noise_is_drawn_in_training_mode():
+    network, states = trained(nj.GhostNoiseBatchNorm(ghost_batch_size=2, momentum=0.9))
+    inputs = training.put(small())
+    quiet, noisy, again = (
+        training.train_accuracy(network, states[2], inputs, batch_size=16, train=train)
+        for train in (False, True, True)
+    )
+    assert (noisy != quiet).any()
+    np.testing.assert_array_equal(noisy, again)
