@@ -129,9 +129,9 @@ def _ghosts(own, whole, indices):
     """The ghosts of samples `indices` [R, N], in units of `whole`."""
     gap = own.mean - whole.mean[None]
     sums = [own.count, own.count * gap, own.count * (own.var + jnp.square(gap))]
-    totals = resampled(jnp.stack(sums, 1), indices)
+    totals = jnp.unstack(resampled(jnp.stack(sums, 1), indices), axis=1)
     var = whole.var[None]
-    shift, scale = shift_and_scale(totals, var, 0.0, "both")
+    shift, scale = shift_and_scale(*totals, var, 0.0, "both")
     return Ghosts(shift / jnp.sqrt(var), scale)
 
 
