@@ -2,9 +2,11 @@
 
 A method is a frozen configuration with `init(key, features)` and
 `apply(params, state, x, train=...)`. `normjax.linen` and `normjax.nnx` wrap every method as a Flax
-module; `normjax.testing` checks the contract.
+module; `normjax.testing` checks the contract. `normjax.propagate` predicts the statistics behind a
+layer.
 """
 
+from normjax.core import propagate as propagate
 from normjax.core.structs import AffineParams as AffineParams
 from normjax.core.structs import Moments as Moments
 from normjax.core.structs import Running as Running
@@ -62,4 +64,5 @@ __all__ = [
     "SpectralBatchNorm",
     "SpectralRunning",
     "chain",
+    "propagate",
 ]
