@@ -20,6 +20,9 @@ from normjax.methods.chain import chain as chain
 from normjax.methods.ghost import Ghost as Ghost
 from normjax.methods.group import GroupNorm as GroupNorm
 from normjax.methods.group import InstanceNorm as InstanceNorm
+from normjax.methods.kalman import KalmanNorm as KalmanNorm
+from normjax.methods.kalman import KalmanParams as KalmanParams
+from normjax.methods.kalman import KalmanRunning as KalmanRunning
 from normjax.methods.layer import LayerNorm as LayerNorm
 from normjax.methods.layer import RMSNorm as RMSNorm
 from normjax.methods.noise import AnalyticGhostNoise as AnalyticGhostNoise
@@ -54,6 +57,9 @@ __all__ = [
     "GroupNorm",
     "InputNorm",
     "InstanceNorm",
+    "KalmanNorm",
+    "KalmanParams",
+    "KalmanRunning",
     "LayerNorm",
     "Moments",
     "NoiseState",

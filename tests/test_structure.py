@@ -27,11 +27,11 @@ LAYERS = [
     ["core.sync", "core.running", "core.propagate", "core.spectra"],
     ["core.__init__"],
     ["methods"],
-    ["methods.presets"],
+    ["methods.presets", "methods.kalman"],
     ["methods.__init__"],
     ["__init__"],
     ["linen", "nnx", "optim", "population", "folding", "interop", "testing"],
-    ["training"],
+    ["training", "carry"],
     ["analysis"],
     ["analysis.__init__"],
 ]

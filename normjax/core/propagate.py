@@ -586,8 +586,15 @@ def _density(t):
     return jnp.exp(-jnp.square(t) / 2) / math.sqrt(2 * math.pi)
 
 
+@jax.custom_jvp
 def _below(t):
     return lax.erfc(t * (-1 / math.sqrt(2))) / 2
+
+
+# That of `lax.erfc` itself does not run on values that vary over the devices of a `shard_map`.
+@_below.defjvp
+def _(primals, tangents):
+    return _below(*primals), _density(*primals) * tangents[0]
 
 
 def _rectified(mean, var):
