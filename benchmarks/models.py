@@ -1,5 +1,6 @@
 """Small networks that take their normalization from a factory."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from normjax import KalmanNorm, propagate
 from normjax.linen import Norm
 
 
@@ -95,6 +97,60 @@ class Residual(nn.Module):
         return nn.Dense(self.classes, name="head")(normalize(x).mean((1, 2)))
 
 
+class KalmanResidual(nn.Module):
+    """`Residual` with Kalman norms: every layer passes on its output and the moments of it.
+
+    The first norm has no prior. The skip connection starts with the moments of standardized pixels
+    behind the stem; where a block keeps the shape, they are added to those of its branch.
+
+    Attributes:
+      method: a `KalmanNorm`; its ReLU is taken inside.
+      classes: number of classes.
+      width: channels of the first stage.
+      depth: blocks of each stage.
+    """
+
+    method: KalmanNorm
+    classes: int
+    width: int = 16
+    depth: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Logits f32[N, classes] of images f32[N, H, W, C] with mean 0 and variance 1."""
+        method, layer = dataclasses.replace(self.method, activation=nn.relu), 0
+
+        def through(x, moments, features, size, stride, name):
+            module = conv(features, size, stride, name)
+            y = module(x)
+            kernel = module.variables["params"]["kernel"]
+            return y, propagate.conv(moments, kernel, size=x.shape[1:3], strides=stride)
+
+        def normalize(x, moments):
+            nonlocal layer
+            layer += 1
+            norm = Norm(method, name=f"norm_{layer}")
+            return norm(x, use_running_average=not train, prior=moments if layer > 1 else None)
+
+        stages, channels = 2 if x.shape[1] < 16 else 3, x.shape[-1]
+        pixels = propagate.prediction(jnp.zeros(channels), jnp.ones(channels))
+        x, skip = through(x, pixels, self.width, 3, 1, "stem")
+        for stage in range(stages):
+            for block in range(self.depth):
+                features = self.width * 2**stage
+                stride = 2 if stage and not block else 1
+                name = f"stage_{stage}_block_{block}"
+                y, moments = normalize(x, skip)
+                if stride > 1:
+                    x, skip = through(y, moments, features, 1, stride, f"{name}_shortcut")
+                y, moments = through(y, moments, features, 3, stride, f"{name}_conv_1")
+                y, moments = normalize(y, moments)
+                y, moments = through(y, moments, features, 3, 1, f"{name}_conv_2")
+                x, skip = x + y, propagate.add(skip, moments)
+        y, _ = normalize(x, skip)
+        return nn.Dense(self.classes, name="head")(y.mean((1, 2)))
+
+
 class MLP(nn.Module):
     """Three hidden layers of 128 units, each normalized before its ReLU.
 
@@ -117,6 +173,33 @@ class MLP(nn.Module):
             x = nn.Dense(128, use_bias=False, kernel_init=init, name=f"dense_{layer}")(x)
             norm = self.norm if layer == 3 or self.early is None else self.early
             x = nn.relu(norm(name=f"norm_{layer}")(x, use_running_average=not train))
+        return nn.Dense(self.classes, name="head")(x)
+
+
+class KalmanMLP(nn.Module):
+    """`MLP` with Kalman norms; the first has no prior.
+
+    Attributes:
+      method: a `KalmanNorm`; its ReLU is taken inside.
+      classes: number of classes.
+    """
+
+    method: KalmanNorm
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Logits f32[N, classes] of images f32[N, H, W, C]."""
+        method = dataclasses.replace(self.method, activation=nn.relu)
+        x, moments = x.reshape(x.shape[0], -1), None
+        for layer in range(1, 4):
+            init = nn.initializers.he_normal()
+            dense = nn.Dense(128, use_bias=False, kernel_init=init, name=f"dense_{layer}")
+            x = dense(x)
+            if moments is not None:
+                moments = propagate.dense(moments, dense.variables["params"]["kernel"])
+            norm = Norm(method, name=f"norm_{layer}")
+            x, moments = norm(x, use_running_average=not train, prior=moments)
         return nn.Dense(self.classes, name="head")(x)
 
 
@@ -143,7 +226,16 @@ def build(
       depth: blocks of each of its stages.
       early: a method for all layers before the last one (mlp) or those whose maps are larger than
         in the last stage (residual); None: `method`.
+
+    Raises:
+      ValueError: for Kalman norms in the last layers alone: their priors come from early ones.
     """
+    if isinstance(method, KalmanNorm):
+        if early is not None:
+            raise ValueError("KalmanNorm: no other method can be in the early layers.")
+        if model == "mlp":
+            return KalmanMLP(method, classes)
+        return KalmanResidual(method, classes, width, depth)
     norm = partial(Norm, method=method)
     first = None if early is None else partial(Norm, method=early)
     if model == "mlp":

@@ -2,9 +2,11 @@
 
 A method is a frozen configuration with `init(key, features)` and
 `apply(params, state, x, train=...)`. `normjax.linen` and `normjax.nnx` wrap every method as a Flax
-module; `normjax.testing` checks the contract.
+module; `normjax.testing` checks the contract. `normjax.propagate` predicts the statistics behind a
+layer.
 """
 
+from normjax.core import propagate as propagate
 from normjax.core.structs import AffineParams as AffineParams
 from normjax.core.structs import Moments as Moments
 from normjax.core.structs import Running as Running
@@ -18,6 +20,9 @@ from normjax.methods.chain import chain as chain
 from normjax.methods.ghost import Ghost as Ghost
 from normjax.methods.group import GroupNorm as GroupNorm
 from normjax.methods.group import InstanceNorm as InstanceNorm
+from normjax.methods.kalman import KalmanNorm as KalmanNorm
+from normjax.methods.kalman import KalmanParams as KalmanParams
+from normjax.methods.kalman import KalmanRunning as KalmanRunning
 from normjax.methods.layer import LayerNorm as LayerNorm
 from normjax.methods.layer import RMSNorm as RMSNorm
 from normjax.methods.noise import AnalyticGhostNoise as AnalyticGhostNoise
@@ -52,6 +57,9 @@ __all__ = [
     "GroupNorm",
     "InputNorm",
     "InstanceNorm",
+    "KalmanNorm",
+    "KalmanParams",
+    "KalmanRunning",
     "LayerNorm",
     "Moments",
     "NoiseState",
@@ -62,4 +70,5 @@ __all__ = [
     "SpectralBatchNorm",
     "SpectralRunning",
     "chain",
+    "propagate",
 ]

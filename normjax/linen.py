@@ -156,6 +156,7 @@ EvalNorm = _module(normjax.EvalNorm)
 GhostNoise = _module(normjax.GhostNoise)
 AnalyticGhostNoise = _module(normjax.AnalyticGhostNoise)
 GhostNoiseBatchNorm = _module(normjax.GhostNoiseBatchNorm)
+KalmanNorm = _module(normjax.KalmanNorm)
 Chain = _module(normjax.Chain)
 SpectralBatchNorm = _module(normjax.SpectralBatchNorm)
 SpatialSpectralBatchNorm = _module(normjax.SpatialSpectralBatchNorm)
@@ -176,6 +177,7 @@ __all__ = [
     "GroupNorm",
     "InputNorm",
     "InstanceNorm",
+    "KalmanNorm",
     "LayerNorm",
     "Norm",
     "RMSNorm",

@@ -559,6 +559,71 @@ class InstanceNorm(Norm):
         promote_dtype: Any = ...,
     ) -> None: ...
 
+class KalmanNorm(Norm):
+    axis: int | tuple[int, ...]
+    momentum: float
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    gain: float | str
+    gain_per: Literal["layer", "channel"]
+    initial_gain: float
+    effective_size: float | None
+    groups: int
+    guard: float | None
+    posterior: Literal["output", "fused"]
+    running_group: Literal["all", "first"]
+    require_prior: bool
+    transition: str | None
+    prior_features: int | None
+    transition_init: Callable[..., Any]
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        momentum: float = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_bias: bool = ...,
+        use_scale: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_init: Callable[..., Any] = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        gain: float | str = ...,
+        gain_per: Literal["layer", "channel"] = ...,
+        initial_gain: float = ...,
+        effective_size: float | None = ...,
+        groups: int = ...,
+        guard: float | None = ...,
+        posterior: Literal["output", "fused"] = ...,
+        running_group: Literal["all", "first"] = ...,
+        require_prior: bool = ...,
+        transition: str | None = ...,
+        prior_features: int | None = ...,
+        transition_init: Callable[..., Any] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 class LayerNorm(Norm):
     epsilon: float
     dtype: Any
@@ -755,6 +820,7 @@ __all__ = [
     "GroupNorm",
     "InputNorm",
     "InstanceNorm",
+    "KalmanNorm",
     "LayerNorm",
     "Norm",
     "RMSNorm",

@@ -51,6 +51,8 @@ class Subject:
       collectives: how many collectives the forward pass may need; the backward pass as many more.
       masks_positions: whether a mask may hide single positions of a sample.
       fits_positions: whether the method fits any number of positions, not those of `shape` only.
+      extra: further inputs of `apply` by name, made for the dtype of the statistics and the sizes
+        of the feature axes; None: none.
 
     Example:
       >>> import normjax as nj
@@ -66,6 +68,7 @@ class Subject:
     collectives: int = 1
     masks_positions: bool = True
     fits_positions: bool = True
+    extra: Callable[[Any, Any], dict[str, Any]] | None = None
 
     @property
     def features(self) -> int | tuple[int, ...]:
@@ -101,10 +104,12 @@ class Subject:
         return jnp.asarray(keep).reshape(-1, *(1,) * (len(self.shape) - 1))
 
     def apply(self, params, state, x, mask=None, *, train=True, method=None):
-        """`method.apply` with a key if the method is random."""
+        """`method.apply` with a key if the method is random, and without the moments of a pair."""
         key = jax.random.key(7) if train and checks.is_random(self.method) else None
         method = self.method if method is None else method
-        return method.apply(params, state, x, train=train, mask=mask, key=key)
+        extra = {} if self.extra is None else self.extra(passes.wide(x.dtype), self.features)
+        y, state = method.apply(params, state, x, train=train, mask=mask, key=key, **extra)
+        return (y[0] if checks.returns_posterior(method) else y), state
 
 
 def check_method(
@@ -117,6 +122,7 @@ def check_method(
     collectives: int = 1,
     masks_positions: bool = True,
     fits_positions: bool = True,
+    extra: Callable[[Any, Any], dict[str, Any]] | None = None,
     only: Iterable[str] | None = None,
     skip: Iterable[str] = (),
 ) -> list[str]:
@@ -138,6 +144,8 @@ def check_method(
         the backward pass as many more.
       masks_positions: whether a mask may hide single positions of a sample.
       fits_positions: whether the method fits any number of positions, not those of `shape` only.
+      extra: further inputs of `apply` by name, made for the dtype of the statistics and the sizes
+        of the feature axes; None: none.
       only: names of the checks to run, of `CHECKS`; None: all.
       skip: names of checks not to run.
 
@@ -167,6 +175,7 @@ def check_method(
         collectives,
         masks_positions,
         fits_positions,
+        extra,
     )
     for name in chosen:
         CHECKS[name](subject)
@@ -600,14 +609,15 @@ def _collectives(subject: Subject) -> None:
 
         def loss(x):
             y, new = subject.apply(varying, state, x, method=method)
-            return jnp.sum(jnp.sin(y)), new
+            # Of every device: with its own parameters, the state may be its own.
+            return jnp.sum(jnp.sin(y)), jax.tree.map(lambda a: a[None], new)
 
         return jax.grad(loss, has_aux=True)(x)
 
     allowed = subject.collectives
-    for function, limit in ((forward, allowed), (backward, 2 * allowed)):
+    for function, state_spec, limit in ((forward, whole, allowed), (backward, rows, 2 * allowed)):
         mapped = jax.shard_map(
-            function, mesh=mesh, in_specs=(whole, whole, rows), out_specs=(rows, whole)
+            function, mesh=mesh, in_specs=(whole, whole, rows), out_specs=(rows, state_spec)
         )
         number = count_collectives(mapped, params, state, x)
         assert number <= limit, f"{function.__name__}: {number} collectives, {limit} allowed"

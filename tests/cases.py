@@ -1,9 +1,18 @@
 """The table: one line per method and variant buys every check of the contract."""
 
 import jax
+import jax.numpy as jnp
 
 import normjax as nj
 from normjax.testing import Subject
+
+
+def prior(dtype, features):
+    """A prediction for a multiple of four features; its numbers are exact in every dtype."""
+    mean, var = jnp.array([0.25, 0.5, 1.0, -0.25], dtype), jnp.array([1.0, 0.5, 2.0, 1.5], dtype)
+    mean, var = (jnp.tile(a, features // 4) for a in (mean, var))
+    return {"prior": nj.propagate.prediction(mean, var)}
+
 
 MAPS = {"masks_positions": False}
 CASES = {
@@ -99,6 +108,35 @@ CASES = {
         residual_bytes=3.1,
         roundings=3,
         collectives=2,
+    ),
+    "KalmanNorm": Subject(nj.KalmanNorm(), (16, 3, 3, 4), extra=prior),
+    "KalmanNorm, without a prior": Subject(nj.KalmanNorm(running_average="debiased"), (16, 4)),
+    "KalmanNorm, learned gain, relu inside": Subject(
+        nj.KalmanNorm(gain="learned", gain_per="channel", activation=jax.nn.relu, axis=1),
+        (16, 4, 3),
+        extra=prior,
+    ),
+    "KalmanNorm, computed gain": Subject(
+        nj.KalmanNorm(gain="computed", effective_size=8.0), (16, 3, 3, 4), extra=prior
+    ),
+    "KalmanNorm, groups, guarded": Subject(
+        nj.KalmanNorm(gain=0.25, groups=8, guard=100, running_group="first", posterior="fused"),
+        (16, 3, 3, 4),
+        drops_rows=False,
+        collectives=2,
+        extra=prior,
+    ),
+    "KalmanNorm, groups of devices, computed gain": Subject(
+        nj.KalmanNorm(gain="computed", gain_per="channel", groups=2),
+        (16, 3, 3, 4),
+        drops_rows=False,
+        collectives=2,
+        extra=prior,
+    ),
+    "KalmanNorm, learned transition": Subject(
+        nj.KalmanNorm(transition="learned", prior_features=4),
+        (16, 3, 3, 5),
+        extra=lambda dtype, _: prior(dtype, 4),
     ),
     "SpectralBatchNorm": Subject(nj.SpectralBatchNorm(), (16, 3, 4, 4), **MAPS),
     "SpectralBatchNorm, half, public scaling": Subject(

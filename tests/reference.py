@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
+import scipy.special
 
 
 class Params(NamedTuple):
@@ -35,9 +36,11 @@ class SpectralRunning(NamedTuple):
     count: np.ndarray | None = None
 
 
-def apply(method, params, state, x, *, train, mask=None):
+def apply(method, params, state, x, *, train, mask=None, prior=None):
     """Output and new state, both in float64."""
     x, mask = _prepare(x, mask)
+    if type(method).__name__ == "KalmanNorm":
+        return _kalman_norm(method, params, state, x, mask, train, prior)
     return APPLY[type(method).__name__](method, params, state, x, mask, train)
 
 
@@ -453,6 +456,105 @@ def _exclusive_gradients(method, params, x, g, mask):
     features = tuple(n for n in leaf if n != 1) or (1,)
     dscale, dbias = (a.sum(over).reshape(features) for a in (g * z, g))
     return np.where(mask, dx, 0), dscale, dbias
+
+
+# Kalman normalization. The prior and the moments that come with the output are pairs (mean, var),
+# [features] or, of several groups, [groups, features].
+
+
+def _kalman_norm(method, params, state, x, mask, train, prior):
+    _, axes, leaf = _layout(method, x.shape)
+    shape = np.shape(state.mean)
+    if not train:
+        mean, var = _f64(state.mean, leaf), _f64(state.var, leaf)
+        y = (np.where(mask, x, 0) - mean) / np.sqrt(var + method.epsilon)
+        pair = _posterior(method, params, _f64(state.mean), _f64(state.var))
+        return (_finish(method, params, y, leaf), pair), state
+
+    parts = list(zip(*_split(method.groups, x, mask), strict=True))
+    batches = [_moments(method, part, valid, axes) for part, valid in parts]
+    priors = [_kalman_prior(method, params, prior, i, leaf) for i in range(method.groups)]
+    if method.guard is not None and prior is not None:
+        ratios = [var / now[2] for (_, var), now in zip(priors, batches, strict=True)]
+        priors = priors if np.mean(ratios) < method.guard else [None] * method.groups
+    outputs, states, posteriors = [], [], []
+    for (part, valid), (count, mean, var), given in zip(parts, batches, priors, strict=True):
+        errors = {}
+        if given is not None:
+            (q, p), gap = _kalman_gains(method, params, state, count, leaf), mean - given[0]
+            q, p = np.where(count > 0, q, 0), np.where(count > 0, p, 0)
+            level = given[1] + method.epsilon
+            if state.mean_error is not None:
+                wrong = np.log((var + method.epsilon) / level)
+                errors = {"mean_error": gap**2 / level, "var_error": wrong**2}
+            # Mean and variance of the mixture, if both gains are alike.
+            mean = (1 - q) * given[0] + q * mean
+            var = (1 - p) * given[1] + p * var + q * (1 - q) * gap**2
+        y = (np.where(valid, part, 0) - mean) / np.sqrt(var + method.epsilon)
+        outputs.append(_finish(method, params, y, leaf))
+        new = _update(method, state, count, count, mean=mean, var=var)
+        if errors:
+            m = method.momentum
+            moved = {
+                name: np.where(
+                    count.reshape(shape) > 0,
+                    m * _f64(getattr(state, name)) + (1 - m) * error.reshape(shape),
+                    _f64(getattr(state, name)),
+                )
+                for name, error in errors.items()
+            }
+            new = new._replace(**moved)
+        states.append(new)
+        posteriors.append(_posterior(method, params, mean.reshape(shape), var.reshape(shape)))
+    filled = [valid.any() for _, valid in parts]
+    if method.running_group == "first":
+        filled = [f and not i for i, f in enumerate(filled)]
+    states = [new for new, f in zip(states, filled, strict=True) if f]
+    pair = posteriors[0]
+    if method.posterior == "fused" and method.groups > 1:
+        pair = tuple(map(np.stack, zip(*posteriors, strict=True)))
+    return (np.concatenate(outputs), pair), _tree_mean(states) if states else state
+
+
+def _kalman_prior(method, params, prior, group, leaf):
+    """Mean and variance for one group, of the shape of the batch's."""
+    if prior is None:
+        return None
+    mean, var = map(_f64, prior)
+    if method.transition is not None:
+        matrix = _f64(params.transition_matrix)
+        mean, var = mean @ matrix, var @ matrix**2 + np.exp(_f64(params.transition_log_noise))
+    features = sum(n != 1 for n in leaf)
+    mean, var = (a if a.ndim == features else a[group] for a in (mean, var))
+    return mean.reshape(leaf), var.reshape(leaf)
+
+
+def _kalman_gains(method, params, state, count, leaf):
+    """Weights of the batch's mean and variance."""
+    if method.gain == "learned":
+        gain = 1 / (1 + np.exp(-_f64(params.gain_logit)))
+        return (gain.reshape(leaf) if gain.ndim else gain,) * 2
+    if method.gain != "computed":
+        return method.gain, method.gain
+    n = np.maximum(method.effective_size or count, 1)
+    freedom = np.maximum(n - 1, 1)  # of n values with a common mean
+    offset = scipy.special.digamma(freedom / 2) - np.log(n / 2)
+    noises = 1 / n, scipy.special.polygamma(1, freedom / 2) + offset**2
+    gains = []
+    for error, noise in zip((state.mean_error, state.var_error), noises, strict=True):
+        error = _f64(error, leaf) if method.gain_per == "channel" else np.mean(_f64(error))
+        tau = np.maximum(error - noise, 0)
+        gains.append(tau / (tau + noise))
+    return gains
+
+
+def _posterior(method, params, mean, var):
+    """Moments of the output, without an activation, or the statistics that made it."""
+    if method.posterior == "fused":
+        return mean, var
+    scale, bias = (getattr(params, name) for name in ("scale", "bias"))
+    mean = np.zeros_like(mean) if bias is None else _f64(bias)
+    return mean, np.ones_like(mean) if scale is None else _f64(scale) ** 2
 
 
 def ghost_noise(method, x, ghosts):

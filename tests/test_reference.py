@@ -150,6 +150,34 @@ class VectorsTest(parameterized.TestCase):
             close((x - shift) / scale, arrays[f"y_{step}"])
 
 
+class KalmanTest(parameterized.TestCase):
+    @parameterized.parameters(*vector_files.names("kalman_norm"))
+    def test_outputs_state_and_what_is_handed_on(self, name):
+        config, arrays = vector_files.load(name)
+        method, groups = vector_files.method(name), config["split"]
+        lead = (groups, arrays["x_1"].shape[-1])[groups == 1 :]
+        params = nj.KalmanParams(**vector_files.fields(name, "param_"))
+        state = nj.KalmanRunning(**vector_files.fields(name, "state_0_"))
+        for step in (1, 2, 3):
+            prior = None
+            if config["has_prior"]:
+                parts = (arrays[f"aux_{step}_prior_{part}"] for part in ("mean", "var"))
+                prior = tuple(a.reshape(lead) for a in parts)
+            (y, (mean, var)), state = reference.apply(
+                method, params, state, arrays[f"x_{step}"], train=True, prior=prior
+            )
+            close(y, arrays[f"y_{step}"])
+            close_fields(state, vector_files.fields(name, f"state_{step}_"), ATOL)
+            if prior is None:  # the unbiased variance
+                size = arrays["x_1"][..., 0].size / groups
+                var = var * size / (size - 1)
+            close(mean, arrays[f"out_{step}_mean"].reshape(lead))
+            close(var, arrays[f"out_{step}_var"].reshape(lead))
+        method = dataclasses.replace(method, epsilon=config["eps"])
+        (y, _), _ = reference.apply(method, params, state, arrays["x_eval"], train=False)
+        close(y, arrays["y_eval"])
+
+
 class GradientsTest(parameterized.TestCase):
     def check_slope(self, method, params, state, x, mask):
         """Central differences along a random direction."""

@@ -27,11 +27,11 @@ LAYERS = [
     ["core.sync", "core.running", "core.propagate", "core.spectra"],
     ["core.__init__"],
     ["methods"],
-    ["methods.presets"],
+    ["methods.presets", "methods.kalman"],
     ["methods.__init__"],
     ["__init__"],
     ["linen", "nnx", "optim", "population", "folding", "interop", "testing"],
-    ["training"],
+    ["training", "carry"],
     ["analysis.layers"],
     ["analysis"],
     ["analysis.__init__"],
@@ -159,9 +159,12 @@ def test_import_normjax_brings_no_framework():
 
 
 def public_modules():
-    """The package and its front ends: every module outside core and methods."""
+    """The package, its front ends, and the modules of core that the package exports."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
-    return sorted(name for name in names if not re.match(r"normjax\.(core|methods)\b", name))
+    names = {name for name in names if not re.match(r"normjax\.(core|methods)\b", name)}
+    package = importlib.import_module("normjax")
+    things = [getattr(package, name) for name in package.__all__]
+    return sorted(names | {thing.__name__ for thing in things if inspect.ismodule(thing)})
 
 
 def public_objects():

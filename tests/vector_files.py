@@ -60,7 +60,9 @@ def method(name):
         "use_bias": "bias" in parameters,
     }
     running = {}
-    if tracked and config["momentum"] is None:
+    if tracked and "decay" in config:
+        running = {"momentum": config["decay"]}
+    elif tracked and config["momentum"] is None:
         running = {"running_average": "cumulative"}
     elif tracked:
         running = {"momentum": 1 - config["momentum"]}
@@ -95,6 +97,11 @@ def method(name):
             unit = "deviation, differentiated" if config["scale_shift_by_std"] else "one"
             noise = _noise(config)
             return nj.AnalyticGhostNoise(config["ghost_size"], shift_unit=unit, noise=noise)
+        case "kalman_norm":
+            own = {"gain": 1 - config["p_rate"], "groups": config["split"], "guard": 100}
+            own |= {"posterior": "fused", "running_group": "first"}
+            own["unbiased_running_var"] = not config["has_prior"]
+            return nj.KalmanNorm(**common, **running, **own)
         case "group_norm":
             return nj.GroupNorm(**common, num_groups=config["num_groups"])
         case "layer_norm":

@@ -77,6 +77,11 @@ def _method(value):
         return "is not a method: it needs `init(key, features)` and `apply(params, state, x, ...)`"
 
 
+def _gain(value):
+    if value not in ("learned", "computed") and not (is_number(value) and 0.0 <= value <= 1.0):
+        return "is neither a number in [0, 1] nor 'learned' nor 'computed'. It weighs the batch"
+
+
 def _positive(value):
     if not _is_int(value) or value < 1:
         return "is not a positive integer"
@@ -141,6 +146,22 @@ RULES = {
     "noise_epsilon": _epsilon,
     "own_weight": _one_of("1/N", "1/N^2"),
     "shift_unit": _one_of("one", "deviation", "deviation, differentiated"),
+    "gain": _gain,
+    "gain_per": _one_of("layer", "channel"),
+    "initial_gain": lambda v: (
+        None if is_number(v) and 0.0 < v < 1.0 else "is not a number in (0, 1)"
+    ),
+    "guard": lambda v: (
+        None
+        if v is None or (is_number(v) and 0.0 < v < math.inf)
+        else "is neither None nor a finite number > 0"
+    ),
+    "posterior": _one_of("output", "fused"),
+    "running_group": _one_of("all", "first"),
+    "require_prior": _flag,
+    "transition": _one_of(None, "learned"),
+    "prior_features": _size,
+    "transition_init": _callable,
     "running_average": _one_of("exponential", "debiased", "cumulative"),
     "statistics": _one_of("channel", "frequency", "ring"),
     "spectrum": _one_of("full", "half"),
@@ -234,6 +255,19 @@ def depends_on_train(value: Any) -> bool:
 def is_random(value: Any) -> bool:
     """Whether a method draws random numbers in training; False unless it says otherwise."""
     return getattr(value, "random", False)
+
+
+def returns_posterior(value: Any) -> bool:
+    """Whether the output of a method is a pair, y and its moments; False unless it says so."""
+    return getattr(value, "returns_posterior", False)
+
+
+def no_pair(name: str, value: Any, instead: str) -> None:
+    """ValueError if the output of the method `value` is a pair; `instead` is what to do."""
+    if returns_posterior(value):
+        raise ValueError(
+            f"{name}: the output of {value!r} is a pair, y and its moments: {instead}."
+        )
 
 
 def need_key(name: str, key: Any) -> Any:

@@ -39,6 +39,7 @@ class Chain:
             raise ValueError("chain: needs at least one method.")
         for method in self.methods:
             checks.method("chain", method)
+            checks.no_pair("chain", method, "call it by itself")
 
     @property
     def axis(self) -> Axes:

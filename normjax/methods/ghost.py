@@ -48,6 +48,7 @@ class Ghost:
 
     def __post_init__(self):
         checks.configuration(self)
+        checks.no_pair("Ghost", self.method, "give it its own field `groups`")
         if getattr(self.method, "axis_index_groups", None) is not None:
             raise ValueError("Ghost: the method has axis_index_groups; Ghost makes these itself.")
         axis_name = getattr(self.method, "axis_name", None)

@@ -1,0 +1,117 @@
+"""The benchmark of predicted statistics, and the networks with Kalman norms."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import normjax as nj
+from benchmarks import models, propagation
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "propagation"
+    command = ["--seeds", "2", "--epochs", "1", "--train-size", "128", "--output", str(folder)]
+    assert propagation.main(command) == 0
+    return folder
+
+
+def test_files(finished):
+    assert {p.name for p in finished.iterdir()} == {"propagation.json", "propagation.png"}
+    with Image.open(finished / "propagation.png") as image:
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
+    results = json.loads((finished / "propagation.json").read_text())
+    rows = propagation.summary(results)
+    assert [row["norm"] for row in rows[::2]] == ["norm_2", "norm_3", "norm_4"]
+    for row in rows:
+        assert row["fusion"] <= min(row["batch"], row["consistent"]) + 1e-9
+        assert row["public"] != row["consistent"]
+
+
+def test_summary():
+    def seed(batch, consistent, public, fusion):
+        of = lambda value: {"mean": value, "log_var": value}
+        output = {"batch": of(batch), "prediction": of(consistent), "fusion": of(fusion)}
+        fused = {**output, "prediction": of(public)}
+        return {"output": {"norm_2": output}, "fused": {"norm_2": fused}}
+
+    errors = [seed(1.0, 2.0, 3.0, [2.0, 0.5, 1.0]), seed(3.0, 4.0, 5.0, [4.0, 1.5, 3.0])]
+    row = propagation.summary({"gains": [0.0, 0.25, 1.0], "errors": errors})[0]
+    assert row == {
+        "norm": "norm_2",
+        "measure": "mean",
+        "batch": 2.0,
+        "consistent": 3.0,
+        "public": 4.0,
+        "fusion": 1.0,
+        "gain": 0.25,
+    }
+
+
+def test_bad_input(capsys):
+    assert propagation.main(["--batch-size", "5000"]) == 2
+    assert "--batch-size" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        propagation.main(["--seeds", "0"])
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "depth", "norms"),
+    [("residual", (8, 8, 1), 1, 5), ("residual", (16, 16, 3), 2, 13), ("mlp", (8, 8, 1), 1, 3)],
+)
+def test_networks_with_kalman_norms(model, shape, depth, norms):
+    """Gain one is the network of batch norms; priors are for the layers that get them."""
+    x = jax.random.normal(jax.random.key(0), (4, *shape))
+    build = lambda method: models.build(model, method, classes=3, width=4, depth=depth)
+    plain, kalman = build(nj.BatchNorm()), build(nj.KalmanNorm(gain=1.0))
+    variables = plain.init(jax.random.key(1), x, train=False)
+    same = kalman.init(jax.random.key(1), x, train=False)
+    chex.assert_trees_all_equal(same, variables)
+    assert len(variables["batch_stats"]) == norms
+    for train in (True, False):
+        how = dict(train=train, mutable=["batch_stats"])
+        wanted, got = (net.apply(variables, x, **how) for net in (plain, kalman))
+        chex.assert_trees_all_close(got, wanted, atol=1e-5)
+    demanding = build(nj.KalmanNorm(gain=0.5, require_prior=True))
+    with pytest.raises(ValueError, match="require_prior"):
+        demanding.apply(variables, x, train=True, mutable=["batch_stats"])
+
+
+def test_every_norm_but_the_first_of_the_residual_network_has_a_prior():
+    """Statistics from the prediction alone differ from the batch's in all norms but the first."""
+    x = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    networks = [
+        models.build("residual", nj.KalmanNorm(gain=gain, momentum=0.0), classes=3, width=4)
+        for gain in (0.0, 1.0)
+    ]
+    variables = networks[0].init(jax.random.key(1), x, train=False)
+    stats = [
+        net.apply(variables, x, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+        for net in networks
+    ]
+    same = {name: np.allclose(a["var"], stats[1][name]["var"]) for name, a in stats[0].items()}
+    assert same == {f"norm_{i}": i == 1 for i in range(1, 8)}
+
+
+def test_predictions_of_the_residual_network_are_of_the_right_size():
+    """Of untrained layers on white noise, fused variances lie near those of the batch."""
+    x = jax.random.normal(jax.random.key(0), (64, 16, 16, 3))
+    method = nj.KalmanNorm(gain=0.0, momentum=0.0)
+    network = models.build("residual", method, classes=3, width=32)
+    variables = network.init(jax.random.key(1), x, train=False)
+    _, alone = network.apply(variables, x, train=True, mutable=["batch_stats"])
+    plain = models.build("residual", nj.BatchNorm(momentum=0.0), classes=3, width=32)
+    _, true = plain.apply(variables, x, train=True, mutable=["batch_stats"])
+    for name, found in alone["batch_stats"].items():
+        ratio = jnp.median(found["var"] / true["batch_stats"][name]["var"])
+        assert 0.7 < ratio < 1.4, (name, ratio)
+
+
+def test_kalman_norms_in_the_last_layers_alone():
+    with pytest.raises(ValueError, match="early"):
+        models.build("mlp", nj.KalmanNorm(), classes=3, early=nj.BatchNorm())
