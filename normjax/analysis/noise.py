@@ -129,9 +129,10 @@ def _ghosts(own, whole, indices):
     """The ghosts of samples `indices` [R, N], in units of `whole`."""
     gap = own.mean - whole.mean[None]
     sums = [own.count, own.count * gap, own.count * (own.var + jnp.square(gap))]
-    totals = jnp.unstack(resampled(jnp.stack(sums, 1), indices), axis=1)
+    totals = resampled(jnp.stack(sums, 1), indices)
+    count, first, second = (totals[:, i] for i in range(3))
     var = whole.var[None]
-    shift, scale = shift_and_scale(*totals, var, 0.0, "both")
+    shift, scale = shift_and_scale(count, first, second, var, 0.0, "both")
     return Ghosts(shift / jnp.sqrt(var), scale)
 
 

@@ -288,9 +288,10 @@ def ghost_noise(
         def mine(a):
             return a if first is None else lax.dynamic_slice_in_dim(a, first, like.shape[0])
 
-        totals = jnp.unstack(_totals(method, table, roster, key, mine, share), axis=1)
-        totals = totals if masked else [jnp.asarray(drawn, gap.dtype), *totals]
-        shift, scale = shift_and_scale(*totals, whole.var, epsilon, method.noise)
+        totals = _totals(method, table, roster, key, mine, share)
+        held = totals[:, 0] if masked else jnp.asarray(drawn, gap.dtype)
+        sums = totals[:, -2], totals[:, -1]
+        shift, scale = shift_and_scale(held, *sums, whole.var, epsilon, method.noise)
         strength = _strength_at(method.strength, count, shift.dtype)
         shift, scale = _strengthened(shift, scale, strength)
         if method.unbiased_scale:
