@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax import KalmanNorm, propagate
+from normjax.carry import add, pointwise
 from normjax.linen import Norm
 
 
@@ -51,7 +52,8 @@ class Residual(nn.Module):
 
     A stage halves the resolution and doubles the channels of the one before. Images under 16
     pixels have two stages, others three. Every block sows what its branch adds and the sum, under
-    its name and "/branch" and "/sum".
+    its name and "/branch" and "/sum". Inside `normjax.carry.carry` Kalman norms get their priors by
+    themselves; `KalmanResidual` passes them on by hand.
 
     Attributes:
       norm: makes a normalization.
@@ -76,7 +78,8 @@ class Residual(nn.Module):
             nonlocal layer
             layer += 1
             norm = self.norm if x.shape[1] <= last or self.early is None else self.early
-            return nn.relu(norm(name=f"norm_{layer}")(x, use_running_average=not train))
+            y = norm(name=f"norm_{layer}")(x, use_running_average=not train)
+            return pointwise(nn.relu, y)
 
         stages = 2 if x.shape[1] < 16 else 3
         last = -(-x.shape[1] // 2 ** (stages - 1))  # size of the maps of the last stage
@@ -91,7 +94,7 @@ class Residual(nn.Module):
                     x = conv(features, 1, stride, f"{name}_shortcut")(y)
                 y = conv(features, 3, stride, f"{name}_conv_1")(y)
                 y = conv(features, 3, 1, f"{name}_conv_2")(normalize(y))
-                x += y
+                x = add(x, y)
                 self.sow("intermediates", f"{name}/branch", y)
                 self.sow("intermediates", f"{name}/sum", x)
         return nn.Dense(self.classes, name="head")(normalize(x).mean((1, 2)))

@@ -1,5 +1,6 @@
 """The benchmark of predicted statistics, and the networks with Kalman norms."""
 
+import functools
 import json
 
 import chex
@@ -7,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 import normjax as nj
 from benchmarks import models, propagation
+from normjax.carry import carry
+from normjax.linen import Norm
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +114,29 @@ def test_predictions_of_the_residual_network_are_of_the_right_size():
     for name, found in alone["batch_stats"].items():
         ratio = jnp.median(found["var"] / true["batch_stats"][name]["var"])
         assert 0.7 < ratio < 1.4, (name, ratio)
+
+
+def test_carried_and_passed_by_hand():
+    """The same residual network by `carry`: strides, stages and sums give the same priors."""
+    x, passed = jax.random.normal(jax.random.key(0), (4, 16, 16, 3)), {}
+    method = nj.KalmanNorm(gain=0.5)
+    by_hand = models.build("residual", method, classes=3, width=4, depth=2)
+    carried = models.Residual(functools.partial(Norm, method=method), 3, width=4, depth=2)
+    variables = by_hand.init(jax.random.key(1), x, train=False)
+
+    def look(call, args, kwargs, context):
+        if isinstance(context.module, Norm) and context.method_name == "__call__":
+            passed[context.module.name] = kwargs["prior"]
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        by_hand.apply(variables, x, train=True, mutable=["batch_stats"])
+    pixels = nj.propagate.prediction(jnp.zeros(3), jnp.ones(3))
+    with carry(x=(x, pixels)) as known:
+        y, _ = carried.apply(variables, x, train=True, mutable=["batch_stats"])
+    assert y.shape == (4, 3) and len(known.priors) == 13
+    assert passed.pop("norm_1") is None and known.priors.pop("norm_1") is not None
+    chex.assert_trees_all_close(known.priors, passed, rtol=1e-6)
 
 
 def test_kalman_norms_in_the_last_layers_alone():
