@@ -102,7 +102,7 @@ CASES = {
         (16, 3, 3, 4),
         drops_rows=False,
     ),
-    "chain with ghost noise": Subject(
+    "chain, ghost noise": Subject(
         nj.chain(nj.BatchNorm(use_scale=False, use_bias=False), nj.GhostNoise(4), nj.Affine()),
         (16, 3, 3, 4),
         residual_bytes=3.1,
