@@ -1,5 +1,6 @@
 """Eight CPU devices, strict NumPy rules and no display, set before anything imports JAX."""
 
+import itertools
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -12,6 +13,15 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+finished = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _drop_programs():
+    """Now and then all compiled programs go: those of thousands of tests take gigabytes."""
+    yield
+    if next(finished) % 20 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture
