@@ -225,9 +225,10 @@ class KalmanTest(parameterized.TestCase):
         params, state = variables(method, 4)
         prior = predicted(2, 4)
         prior = prior._replace(var=prior.var.at[1].mul(1e4))
-        chex.assert_trees_all_equal(
-            run(method, params, state, x, prior), run(method, params, state, x)
-        )
+        ignored = run(method, params, state, x, prior)
+        other = prior._replace(mean=prior.mean + 1, var=3 * prior.var)
+        chex.assert_trees_all_equal(run(method, params, state, x, other), ignored)
+        close(ignored, run(method, params, state, x), TOLERANCE["float32"])  # another program
 
     def test_computed_gain_follows_the_error_of_the_prediction(self):
         """A right prediction gets nearly all weight, a wrong one hardly any."""
