@@ -98,12 +98,12 @@ def _parser():
     option("model", "networks", nargs="+", choices=models.MODELS)
     text = "where the methods stand: in all layers, or in the last stage behind BatchNorm ones"
     option("placement", text, choices=models.PLACEMENTS)
-    option("seeds", "number of seeds", type=_whole)
-    option("epochs", "number of epochs", type=_whole)
-    option("batch-size", "images per gradient step", type=_whole)
-    option("statistics-batch", "images per statistics, a divisor of --batch-size", type=_whole)
+    option("seeds", "number of seeds", type=whole)
+    option("epochs", "number of epochs", type=whole)
+    option("batch-size", "images per gradient step", type=whole)
+    option("statistics-batch", "images per statistics, a divisor of --batch-size", type=whole)
     option("label-noise", "fraction of train labels made wrong", type=_fraction)
-    option("train-size", "number of train images to keep", type=_whole)
+    option("train-size", "number of train images to keep", type=whole)
     text = "fraction of the train images, with right labels, that are not trained on; the accuracy "
     text += "on them goes to results.json"
     option("validation", text, type=_fraction)
@@ -114,8 +114,8 @@ def _parser():
     option("data-dir", "folder of train/<class>/*.jpg and test/..., or of CIFAR-10 binary files")
     text = "crop train images at random, and flip those that are no digits"
     option("augment", text, action=argparse.BooleanOptionalAction)
-    option("width", "channels of the first stage of the residual network", type=_whole)
-    option("depth", "blocks per stage of the residual network", type=_whole)
+    option("width", "channels of the first stage of the residual network", type=whole)
+    option("depth", "blocks per stage of the residual network", type=whole)
     text = "train each method with small, slow norm scales too: words g0=, c=, temperature=, last, "
     text += f"input_norm such as 'g0=0.1 c=100' (without arms: {'; '.join(recipe.ARMS)})"
     option("recipe", text, nargs="*", metavar="ARM")
@@ -125,7 +125,8 @@ def _parser():
     return parser
 
 
-def _whole(text):
+def whole(text: str) -> int:
+    """The positive integer that an option of any benchmark says."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
     return int(text)

@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks import data, machine, training
 from benchmarks.models import conv
+from benchmarks.options import whole
 from normjax import KalmanNorm
 from normjax.analysis import propagation
 from normjax.carry import carry
@@ -67,17 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.propagation", description=__doc__)
     parser.add_argument("--data", default="digits", choices=("digits", "images", "cifar10-bin"))
     parser.add_argument("--data-dir", help="folder of the images, as in benchmarks.compare")
-    parser.add_argument("--train-size", type=int, help="number of train images to keep")
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=64, help="of the training")
-    parser.add_argument("--small-batch", type=int, default=2, help="whose statistics are measured")
+    parser.add_argument("--train-size", type=whole, help="number of train images to keep")
+    parser.add_argument("--seeds", type=whole, default=4)
+    parser.add_argument("--epochs", type=whole, default=10)
+    parser.add_argument("--batch-size", type=whole, default=64, help="of the training")
+    parser.add_argument(
+        "--small-batch", type=whole, default=2, help="whose statistics are measured"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/propagation"))
     options = parser.parse_args(argv)
-    for name in ("seeds", "epochs", "batch_size", "small_batch"):
-        if getattr(options, name) < 1:
-            option = name.replace("_", "-")
-            parser.error(f"--{option} {getattr(options, name)} is not a positive number")
     try:
         results, tables = run(options)
     except (ValueError, OSError) as error:

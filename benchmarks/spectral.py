@@ -23,6 +23,7 @@ import numpy as np
 
 import normjax as nj
 from benchmarks import data, machine, models, report, training
+from benchmarks.options import whole
 from normjax.analysis import spectra
 
 EARLY = nj.BatchNorm(momentum=0.9)  # before the last stage
@@ -65,20 +66,16 @@ def _options(argv):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spectral", description=__doc__)
     parser.add_argument("--data", default="digits", choices=("digits", "images", "cifar10-bin"))
     parser.add_argument("--data-dir", help="folder of the images, as in benchmarks.compare")
-    parser.add_argument("--train-size", type=int, help="number of train images to keep")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--train-size", type=whole, help="number of train images to keep")
+    parser.add_argument("--seeds", type=whole, default=8)
+    parser.add_argument("--epochs", type=whole, default=10)
+    parser.add_argument("--batch-size", type=whole, default=64)
     parser.add_argument("--learning-rate", type=float, default=0.1)
-    parser.add_argument("--depth", type=int, default=1, help="blocks per stage")
-    parser.add_argument("--width", type=int, default=16, help="channels of the first stage")
+    parser.add_argument("--depth", type=whole, default=1, help="blocks per stage")
+    parser.add_argument("--width", type=whole, default=16, help="channels of the first stage")
     parser.add_argument("--arms", nargs="+", choices=list(arms(1)), metavar="ARM")
     parser.add_argument("--output", type=Path, default=Path("runs/spectral"))
     options = parser.parse_args(argv)
-    for name in ("seeds", "epochs", "batch_size", "depth", "width"):
-        if getattr(options, name) < 1:
-            option = name.replace("_", "-")
-            parser.error(f"--{option} {getattr(options, name)} is not a positive number")
     return options
 
 

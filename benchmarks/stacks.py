@@ -25,6 +25,7 @@ from jax import lax
 
 import normjax as nj
 from benchmarks import machine, models
+from benchmarks.options import whole
 from normjax import propagate
 
 SHAPES = ((64, 32, 32, 16), (64, 32, 32, 64), (128, 16, 16, 128))
@@ -35,15 +36,12 @@ TERMS = 8  # of the Hermite series of a rectified covariance
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints two tables and writes `stacks.json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stacks", description=__doc__)
-    parser.add_argument("--depth", type=int, default=4, help="layers of a stack")
-    parser.add_argument("--seeds", type=int, default=2, help="stacks of each kind")
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved repetitions")
-    parser.add_argument("--shrink", type=int, default=1, help="divides the batches, for a try")
+    parser.add_argument("--depth", type=whole, default=4, help="layers of a stack")
+    parser.add_argument("--seeds", type=whole, default=2, help="stacks of each kind")
+    parser.add_argument("--rounds", type=whole, default=15, help="interleaved repetitions")
+    parser.add_argument("--shrink", type=whole, default=1, help="divides the batches, for a try")
     parser.add_argument("--output", type=Path, default=Path("runs/stacks"))
     options = parser.parse_args(argv)
-    for name in ("depth", "seeds", "rounds", "shrink"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)} is not a positive number")
     results = run(options)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "stacks.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -53,7 +53,8 @@ class Program(NamedTuple):
 
 def put(data: Data) -> Inputs:
     """`data` on the default device."""
-    kept = () if data.validation_labels is None else _batches(*data[5:])
+    apart = data.validation_images, data.validation_labels
+    kept = (None, None) if apart[1] is None else _batches(*apart)
     mean, std = _pixel_moments(data.train_images)
     return Inputs(
         jnp.asarray(data.train_images),

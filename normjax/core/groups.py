@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from normjax.core.linear import spec
+from normjax.core.linear import place, spec
 
 
 def ghosts(
@@ -39,8 +39,20 @@ def ghosts(
         raise ValueError(
             f"{name}: ghost_batch_size={size} does not fit input of shape {shape}: it must {rule}."
         )
-    together = size // samples
-    return 1, tuple(tuple(range(i, i + together)) for i in range(0, devices, together))
+    return 1, neighbours(devices, size // samples)
+
+
+def neighbours(devices: int, together: int) -> tuple[tuple[int, ...], ...]:
+    """The indices of all devices, in groups of `together` consecutive ones."""
+    return tuple(tuple(range(i, i + together)) for i in range(0, devices, together))
+
+
+def samples_of_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """`mask` with the samples of `x` on axis 0, and there sharded like `x`, so that both split."""
+    if mask is None:
+        return None
+    mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:]))
+    return place(mask, (spec(x)[0], *spec(mask)[1:]), like=x)
 
 
 def split(x: jax.Array, axis: int, groups: int) -> jax.Array:

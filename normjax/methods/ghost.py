@@ -108,8 +108,7 @@ class Ghost:
             )
         keys = self._keys(key, axis_name, devices)
         if self.groups < devices:
-            size = devices // self.groups
-            shared = tuple(tuple(range(i, i + size)) for i in range(0, devices, size))
+            shared = groups.neighbours(devices, devices // self.groups)
             if not hasattr(self.method, "axis_index_groups"):
                 raise ValueError(
                     f"Ghost: groups={self.groups} on {devices} devices, but "
@@ -124,13 +123,8 @@ class Ghost:
         method = self.method if devices == 1 else dataclasses.replace(self.method, axis_name=None)
         if x.ndim == 0 or x.shape[0] % here:
             raise ValueError(f"Ghost: {here} groups do not divide a batch of shape {x.shape}.")
-        mask = checks.mask("Ghost", mask, x.shape)
-        if mask is not None:
-            mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:]))
-        batch = spec(x)[0]
-        mask, inputs = jax.tree.map(
-            lambda a: place(a, (batch, *spec(a)[1:]), like=x), (mask, inputs)
-        )
+        mask = groups.samples_of_mask(checks.mask("Ghost", mask, x.shape), x)
+        inputs = jax.tree.map(lambda a: place(a, (spec(x)[0], *spec(a)[1:]), like=x), inputs)
         parts = jax.tree.map(lambda a: groups.split(a, 0, here), (x, mask, inputs))
         if keys is not None:
             keys = place(keys, (spec(parts[0])[0], *spec(keys)[1:]), like=x)

@@ -241,11 +241,8 @@ class KalmanNorm(BatchNorm):
         here = self._groups_here(x, at, devices)
         parts, valid = x, mask
         if here > 1:
-            if mask is not None:
-                mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:]))
-                mask = place(mask, (spec(x)[0], *spec(mask)[1:]), like=x)
-                valid = groups.split(mask, 0, here)
-            parts = groups.split(x, 0, here)
+            both = x, groups.samples_of_mask(mask, x)
+            parts, valid = jax.tree.map(lambda a: groups.split(a, 0, here), both)
             others = tuple(i + 1 for i in others)
 
         def lift(a):
@@ -256,7 +253,8 @@ class KalmanNorm(BatchNorm):
         now = passes.moments(parts, others, mask=valid)
         now = now._replace(count=place(now.count, spec(now.mean), like=now.mean))
         if devices > self.groups:
-            shared = _shared(self.groups, devices) if self.groups > 1 else None
+            together = devices // self.groups
+            shared = groups.neighbours(devices, together) if self.groups > 1 else None
             now, _ = sync.over_devices(now, self.axis_name, shared)
         fused, errors = now, None
         if prior is not None:
@@ -401,9 +399,3 @@ class KalmanNorm(BatchNorm):
             counts = counts & (number == 0)
         axis_name = self.axis_name if devices > 1 else None
         return running.average_filled(state, each, counts, axis_name)
-
-
-def _shared(groups, devices):
-    """The indices of the devices that share each group."""
-    size = devices // groups
-    return tuple(tuple(range(i, i + size)) for i in range(0, devices, size))

@@ -94,4 +94,4 @@ def test_bad_input_is_one_line(argv, pieces, capsys):
 def test_counts_are_positive(option, capsys):
     with pytest.raises(SystemExit):
         spectral.main([option, "0"])
-    assert f"{option} 0 is not a positive number" in capsys.readouterr().err
+    assert f"{option}: '0' is not a whole number >= 1" in capsys.readouterr().err

@@ -65,4 +65,4 @@ def test_independent_channels_have_no_covariance():
 def test_rejects(capsys):
     with pytest.raises(SystemExit):
         stacks.main(["--depth", "0"])
-    assert "--depth 0" in capsys.readouterr().err
+    assert "--depth: '0' is not" in capsys.readouterr().err
