@@ -1,14 +1,17 @@
-"""Linear maps with a transpose of their own, and the fence between passes on CPU.
+"""Linear maps with a transpose of their own, the fence between passes on CPU, and sums there.
 
 Tangents of the passes over an activation are linear maps whose best transpose is known. Autodiff
 would find a slower one, and `jax.custom_vjp` would lose forward mode. The primitive here evaluates,
 differentiates and batches as the plain function, and transposes by the given one.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -154,3 +157,87 @@ mlir.register_lowering(
 )
 ad.primitive_jvps[fence_p] = _fence_jvp
 batching.primitive_batchers[fence_p] = lambda arrays, dims: (fence_p.bind(*arrays), dims)
+
+
+# XLA on CPU takes about twice the time for sums of fused products over so many elements per lane
+# of channels, unless more than one channel block or a single sum is made (both timed on x86).
+SLOW_SUMS = range((1 << 15) + 1, (1 << 18) + 1)
+TILE = 1 << 14  # elements of a partial sum
+LANES = 128
+
+sum_p = Primitive("normjax_sum")
+
+
+def sum_of(fun: Callable, axes: tuple[int, ...], *arrays: jax.Array) -> jax.Array:
+    """The sum over `axes`, kept as size one, of a pointwise function of arrays of one rank.
+
+    `fun` closes over static values only. On CPU positions between samples and channels are summed
+    in tiles where XLA would be slow; other platforms sum them as they are.
+    """
+    return sum_p.bind(*align(*arrays), fun=fun, axes=tuple(sorted(axes))) if axes else fun(*arrays)
+
+
+def _sum(*arrays, fun, axes):
+    return jnp.sum(fun(*arrays), axes, keepdims=True)
+
+
+def _sum_in_tiles(*arrays, fun, axes):
+    first, last = axes[0], axes[-1] + 1
+    shape = jnp.broadcast_shapes(*(a.shape for a in arrays))
+    sharded = any(part is not None for a in arrays for part in spec(a)[first:last])
+    tiles = 0 if sharded or len(arrays) == 1 else _tiles(shape, axes)
+    if not tiles:
+        return _sum(*arrays, fun=fun, axes=axes)
+
+    def view(a):
+        inner = a.shape[first:last]
+        if math.prod(inner) == 1:
+            return a.reshape(*a.shape[:first], 1, 1, *a.shape[last:])
+        a = jnp.broadcast_to(a, (*a.shape[:first], *shape[first:last], *a.shape[last:]))
+        return a.reshape(*a.shape[:first], tiles, -1, *a.shape[last:])
+
+    parts = jnp.sum(fun(*lax.optimization_barrier([view(a) for a in arrays])), first + 1)
+    total = jnp.sum(lax.optimization_barrier(parts), first)
+    return jnp.expand_dims(total, axes)
+
+
+def _tiles(shape, axes):
+    """How many tiles the positions of each sample make for fast sums; 0: they stay together."""
+    first, last = axes[0], axes[-1] + 1
+    positions, lanes = math.prod(shape[first:last]), min(shape[-1], LANES)
+    together = axes == tuple(range(first, last)) and last == len(shape) - 1
+    if not together or math.prod(shape[:first]) == 1 or positions * lanes not in SLOW_SUMS:
+        return 0
+    fits = (k for k in range(2, positions // 32 + 1) if positions % k == 0)
+    return next((k for k in fits if positions // k * lanes <= TILE), 0)
+
+
+def _sum_jvp(primals, tangents, **how):
+    moved = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+    def of_moved(*some):
+        arrays = list(primals)
+        for i, a in zip(moved, some, strict=True):
+            arrays[i] = a
+        return _sum(*arrays, **how)
+
+    given = tuple(primals[i] for i in moved), tuple(tangents[i] for i in moved)
+    return sum_p.bind(*primals, **how), jax.jvp(of_moved, *given)[1]
+
+
+def _sum_batch(arrays, dims, *, fun, axes):
+    arrays = [
+        jnp.expand_dims(a, 0) if d is None else jnp.moveaxis(a, d, 0)
+        for a, d in zip(arrays, dims, strict=True)
+    ]
+    return sum_of(fun, tuple(i + 1 for i in axes), *arrays), 0
+
+
+sum_p.def_impl(_sum)
+sum_p.def_abstract_eval(
+    lambda *avals, **how: jax.make_jaxpr(functools.partial(_sum, **how))(*avals).out_avals[0]
+)
+mlir.register_lowering(sum_p, mlir.lower_fun(_sum, multiple_results=False))
+mlir.register_lowering(sum_p, mlir.lower_fun(_sum_in_tiles, multiple_results=False), platform="cpu")
+ad.primitive_jvps[sum_p] = _sum_jvp
+batching.primitive_batchers[sum_p] = _sum_batch

@@ -17,7 +17,7 @@ from jax import lax
 
 from normjax.core import checks, groups
 from normjax.core.activation import activate, activation_cotangent, activation_tangent
-from normjax.core.linear import align, fence, linear
+from normjax.core.linear import align, fence, linear, sum_of
 from normjax.core.structs import AffineParams, Moments
 
 
@@ -97,13 +97,18 @@ def _average(a, mask, n, how):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _mean_var(x, mask, n, how):
-    _, centred, _ = how
+    axes, centred, channel_groups = how
     if not centred:
         square = _average(jnp.square(widen(*fence(x))), mask, n, how)
         return align(jnp.zeros_like(square), square)
     mean = _average(widen(*fence(x)), mask, n, how)
-    x, centre = fence(x, mean)
-    return mean, _average(jnp.square(widen(x) - centre), mask, n, how)
+    valid = () if mask is None else (mask,)
+    return mean, _pool(sum_of(_square, axes, *fence(x, mean, *valid)), channel_groups) / n
+
+
+def _square(x, centre, mask=None):
+    square = jnp.square(widen(x) - centre)
+    return square if mask is None else keep(mask, square)
 
 
 def _mean_var_tangent(how, saved, dx):
@@ -182,8 +187,12 @@ def _fence_tree(*tree):
 
 def _sum_to(a, small):
     """Sum over the axes that `small` lacks."""
-    lacking = tuple(i for i, n in enumerate(small.shape) if n != a.shape[i])
+    lacking = _lacking(small, a.shape)
     return jnp.sum(a, lacking, keepdims=True) if lacking else a
+
+
+def _lacking(small, shape):
+    return tuple(i for i, n in enumerate(small.shape) if n != shape[i])
 
 
 def total_over(a: jax.Array, small: jax.Array) -> jax.Array:
@@ -213,20 +222,25 @@ def _affine_transpose(activation, saved, g):
     x, *small = saved
     zero = jnp.zeros(jnp.broadcast_shapes(*(a.shape for a in small)), small[1].dtype)
 
-    def inputs(*after):
-        """Cotangent before the activation, centred input, gain: for a pass after `after`'s."""
-        h, x, mean, gain, bias, zeros, *_ = fence(g, *saved, zero, *after)
+    def before(h, x, mean, gain, bias, zeros):
+        """Cotangent before the activation, and the centred input."""
         centred = widen(x) - mean
-        h = activation_cotangent(activation, centred * gain + bias, widen(h), zeros)
-        return h, centred, gain
+        return activation_cotangent(activation, centred * gain + bias, widen(h), zeros), centred
 
-    h, *_ = inputs()
-    total = total_over(h, zero)
-    h, centred, _ = inputs(total)
-    slope = total_over(h * centred, zero)
-    h, _, gain = inputs(slope)
+    def total_of(fun, *arrays):
+        """Fenced, or XLA would make a pass for a sum of sums; activations may mix positions."""
+        if activation in (None, jax.nn.relu):
+            return fence(sum_of(fun, _lacking(zero, g.shape), *arrays))[0]
+        return total_over(fun(*arrays), zero)
+
+    whole = (g, *saved, zero)
+    h = fence(g) if activation is None else fence(*whole)
+    total = total_of(lambda h, *others: before(h, *others)[0] if others else widen(h), *h)
+    slope = total_of(lambda *a: math.prod(before(*a)), *fence(*whole, total)[:-1])
+    *whole, _ = fence(*whole, slope)
+    h, _ = before(*whole)
     cotangents = map(_sum_to, (-total * small[1], slope, total), small)
-    return (h * gain).astype(x.dtype), *cotangents
+    return (h * whole[3]).astype(x.dtype), *cotangents
 
 
 @_affine.defjvp

@@ -22,7 +22,9 @@ from normjax.core.structs import Axes, AxisName, Features, Key, Moments
 from normjax.core.tracing import traced_once
 
 Strength = float | Callable[[Any], Any]
-COUNT_SHARE = 16  # a product with counts beats gathering for more than 1/16 of the batch per ghost
+# Ghosts of N of B samples come from a product with counts for N**2 > MANY * B, else by gathering:
+# benchmarks/results/ghost_noise/drawing.json.
+MANY = 8
 
 
 class NoiseState(NamedTuple):
@@ -173,8 +175,9 @@ class GhostNoise:
         check_ghosts(self, positions, x.shape)
         own = passes.moments(lax.stop_gradient(x), positions, mask=mask)
         every, first = gathered(own, self.axis_name)
+        batch = Moments(*(a[None] for a in sync.merge(every)))
         shift, scale = ghost_noise(
-            self, self.epsilon, every, key, state.count, masked=mask is not None
+            self, self.epsilon, every, batch, key, state.count, masked=mask is not None
         )(first, own.mean)
         state = _advanced(state, jnp.any(every.count > 0))
         return passes.affine(x, shift, 1 / scale, dtype=self.dtype), state
@@ -253,6 +256,7 @@ def ghost_noise(
     method: Any,
     epsilon: float,
     every: Moments,
+    batch: Moments,
     key: Key,
     count: jax.Array | None,
     *,
@@ -260,17 +264,18 @@ def ghost_noise(
 ) -> Callable[[jax.Array | None, jax.Array], tuple[jax.Array, jax.Array]]:
     """Draws ghosts with the fields of `method` from the moments `every` of all samples.
 
+    `batch` has the moments of these together, with a leading axis of size one.
+
     Returns:
       A function of the first sample of this device (None: all are its own) and of an array of its
       samples, which gives shift and scale of the shape and with the sharding of that array.
     """
     key = checks.need_key(type(method).__name__, key)
-    every = lax.stop_gradient(every)
-    whole = Moments(*(a[None] for a in sync.merge(every)))
-    gap = every.mean - whole.mean
+    every, batch = lax.stop_gradient((every, batch))
+    gap = every.mean - batch.mean
     samples = every.mean.shape[0]
-    between = (every.count * jnp.square(gap)).sum(0, keepdims=True) / jnp.maximum(whole.count, 1)
-    single = jnp.where(whole.var > 0, jnp.minimum(between / _nonzero(whole.var), 1), 1)
+    between = (every.count * jnp.square(gap)).sum(0, keepdims=True) / jnp.maximum(batch.count, 1)
+    single = jnp.where(batch.var > 0, jnp.minimum(between / _nonzero(batch.var), 1), 1)
     valid = jnp.any(every.count > 0, axis=tuple(range(1, gap.ndim))) if masked else None
     roster = _roster(valid, samples)
     share, size = None, float(method.ghost_batch_size or 0)
@@ -291,7 +296,7 @@ def ghost_noise(
         totals = _totals(method, table, roster, key, mine, share)
         held = totals[:, 0] if masked else jnp.asarray(drawn, gap.dtype)
         sums = totals[:, -2], totals[:, -1]
-        shift, scale = shift_and_scale(held, *sums, whole.var, epsilon, method.noise)
+        shift, scale = shift_and_scale(held, *sums, batch.var, epsilon, method.noise)
         strength = _strength_at(method.strength, count, shift.dtype)
         shift, scale = _strengthened(shift, scale, strength)
         if method.unbiased_scale:
@@ -386,12 +391,17 @@ def resampled(
     """
     rows, size = indices.shape
     if count is None:
-        count = size * COUNT_SHARE > len(table)
+        count = counts_draws(size, len(table))
     if share is not None or not count:
         return gather_each(table, lambda k: indices[:, k], size, share)
     counts = jnp.zeros((rows, len(table)), table.dtype)
     counts = counts.at[jnp.arange(rows, dtype=indices.dtype)[:, None], indices].add(1)
     return jnp.tensordot(counts, table, 1, precision=lax.Precision.HIGHEST)
+
+
+def counts_draws(size: int, samples: int) -> bool:
+    """Whether sums over ghosts of `size` of so many samples come from a product with counts."""
+    return size**2 > MANY * samples
 
 
 def gather_each(

@@ -286,11 +286,15 @@ class GhostNoiseBatchNorm(BatchNorm):
         every, first = gathered(own, self.axis_name)
         now = Moments(*(a[None] for a in sync.merge(every)))
         inverse = lax.rsqrt(now.var + self.epsilon)
-        normalized = Moments(
-            every.count, (every.mean - now.mean) * inverse, every.var * jnp.square(inverse)
-        )
+
+        def normalized(part):
+            return Moments(
+                part.count, (part.mean - now.mean) * inverse, part.var * jnp.square(inverse)
+            )
+
+        both = normalized(every), normalized(now)
         draw = ghost_noise(
-            self, self.noise_epsilon, normalized, key, state.count, masked=mask is not None
+            self, self.noise_epsilon, *both, key, state.count, masked=mask is not None
         )
         shift, divisor = draw(first, own.mean)
         scale, bias = (None if a is None else a.astype(shift.dtype) for a in params)

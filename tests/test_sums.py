@@ -1,0 +1,132 @@
+"""Sums that CPUs make in tiles: the same numbers, and derivatives, and only there."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import normjax as nj
+from normjax.core.linear import sum_of
+
+SHAPE = (4, 24, 24, 64)  # 576 positions of 64 channels: XLA on CPU is slow at these
+AXES = (1, 2)
+
+
+def product(x, centre):
+    x, centre = x.astype(jnp.float32), centre.astype(jnp.float32)
+    return x * (x - centre)
+
+
+def arrays(dtype="float32", key=0):
+    x, centre = (
+        jax.random.normal(jax.random.key(key + i), shape, dtype)
+        for i, shape in enumerate((SHAPE, (4, 1, 1, 64)))
+    )
+    return x, centre
+
+
+def plain(fun, axes, *arrays):
+    return jnp.sum(fun(*arrays), axes, keepdims=True)
+
+
+def programs(fun=product, axes=AXES):
+    return (functools.partial(f, fun, axes) for f in (sum_of, plain))
+
+
+def tiled(f, *arrays, platform="cpu"):
+    """Whether the lowered program has partial sums of 192 positions."""
+    text = export.export(jax.jit(f), platforms=[platform])(*arrays).mlir_module()
+    return "4x3x192x64" in text
+
+
+def test_only_cpus_sum_in_tiles_and_only_where_they_are_slow():
+    ours, _ = programs()
+    assert tiled(ours, *arrays())
+    assert not any(tiled(ours, *arrays(), platform=p) for p in ("tpu", "cuda"))
+    small = (a[:, : min(8, a.shape[1])] for a in arrays())
+    assert "optimization_barrier" not in jax.jit(ours).lower(*small).as_text()
+    whole, _ = programs(axes=(0, 1, 2))
+    assert "optimization_barrier" not in jax.jit(whole).lower(*arrays()).as_text()
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_value_is_that_of_one_sum(dtype):
+    ours, theirs = programs()
+    chex.assert_trees_all_close(
+        jax.jit(ours)(*arrays(dtype)), theirs(*arrays(dtype)), rtol=1e-5, atol=1e-3
+    )
+
+
+def test_derivatives_of_any_order_and_mode():
+    with jax.enable_x64(True):
+        values, tangents = arrays("float64"), arrays("float64", key=2)
+        ours, theirs = programs(lambda x, c: jnp.sin(x) * (x - c) ** 2)
+        for change in (
+            lambda f: jax.jvp(f, values, tangents),
+            lambda f: jax.vjp(f, *values)[1](tangents[1]),
+            lambda f: jax.jvp(jax.grad(lambda *a: f(*a).sum(), (0, 1)), values, tangents),
+            lambda f: jax.grad(lambda c: jax.jvp(f, (values[0], c), tangents)[1].sum())(values[1]),
+        ):
+            chex.assert_trees_all_close(change(ours), change(theirs), rtol=1e-10, atol=1e-10)
+
+
+def test_masks_and_vmap_with_and_without_axes():
+    keep = jax.random.bernoulli(jax.random.key(5), 0.7, (1, 24, 24, 1))
+    ours, theirs = programs(lambda x, c, m: jnp.where(m, product(x, c), 0))
+    x, centre = arrays()
+    for axes, given in (
+        ((0, None, None), (jnp.stack([x, 2 * x]), centre, keep)),
+        ((None, 1, 0), (x, jnp.stack([centre, -centre], 1), jnp.stack([keep, ~keep]))),
+    ):
+        chex.assert_trees_all_close(
+            *(jax.jit(jax.vmap(f, in_axes=axes))(*given) for f in (ours, theirs)),
+            rtol=1e-5,
+            atol=1e-3,
+        )
+    grouped, _ = programs(axes=(0, 1, 2))  # as parts of a batch are: vmap makes tiles of each
+    parts = jnp.stack([x[..., :32], x[..., :32]])
+    mapped = jax.vmap(grouped, in_axes=(0, None))
+    assert "optimization_barrier" in jax.jit(mapped).lower(parts, centre[:1, ..., :32]).as_text()
+
+
+def test_positions_on_several_devices_are_not_put_together():
+    mesh = jax.make_mesh((2, 4), ("batch", "rows"), axis_types=(AxisType.Explicit,) * 2)
+    ours, theirs = programs()
+    x, centre = arrays()
+    sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch", "rows")))
+    there = jax.device_put(centre, NamedSharding(mesh, PartitionSpec("batch")))
+    with jax.set_mesh(mesh):
+        found = jax.jit(ours)(sharded, there)
+    chex.assert_trees_all_close(jax.device_get(found), theirs(x, centre), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", (None, jax.nn.relu, jax.nn.gelu))
+@pytest.mark.parametrize("masked", (False, True))
+def test_norms_of_single_samples_are_those_of_the_formula(activation, masked):
+    with jax.enable_x64(True):
+        method = nj.InstanceNorm(activation=activation, param_dtype=jnp.float64)
+        x, g = arrays("float64")[0], arrays("float64", key=2)[0]
+        mask = jax.random.bernoulli(jax.random.key(5), 0.7, (4, 24, 24, 1)) if masked else None
+
+        def formula(params, x):
+            weight = jnp.ones(x.shape) if mask is None else mask.astype(x.dtype)
+            number = weight.sum(AXES, keepdims=True)
+            mean = (x * weight).sum(AXES, keepdims=True) / number
+            var = (jnp.square(x - mean) * weight).sum(AXES, keepdims=True) / number
+            y = (x - mean) / jnp.sqrt(var + method.epsilon)
+            scale, bias = (a.reshape(1, 1, 1, -1) for a in params)
+            y = y * scale + bias
+            return y if activation is None else activation(y)
+
+        params, state = method.init(jax.random.key(0), 64)
+        params = params._replace(bias=jnp.linspace(-1, 1, 64))
+        g = g if mask is None else jnp.where(mask, g, 0)
+        ours, pull = jax.vjp(lambda p, x: method.apply(p, state, x, mask=mask)[0], params, x)
+        theirs, back = jax.vjp(formula, params, x)
+        shown = jnp.ones((), bool) if mask is None else mask
+        chex.assert_trees_all_close(ours * shown, theirs * shown, rtol=1e-10, atol=1e-10)
+        chex.assert_trees_all_close(pull(g), back(g), rtol=1e-9, atol=1e-9)
