@@ -12,7 +12,7 @@ from jax import lax
 
 from normjax.core import checks, passes, running, spectra, sync
 from normjax.core.activation import activate
-from normjax.core.linear import linear_p
+from normjax.core.linear import sum_p
 from normjax.core.structs import (
     AffineParams,
     Axes,
@@ -29,10 +29,9 @@ from normjax.core.tracing import traced_once
 LARGEST_PRODUCT = 64  # the longest axis for which "auto" multiplies by a matrix
 
 
-def _saves(transforms, primitive, *_, **__):
-    """Whether to keep what `primitive` makes for the backward pass: sums, and `transforms`."""
-    sums = primitive.name in ("reduce_sum", "psum", "psum_invariant")
-    return sums or (transforms and primitive is linear_p)
+def _saves(primitive, *_, **__):
+    """Whether to keep what `primitive` makes for the backward pass: sums."""
+    return primitive is sum_p or primitive.name in ("reduce_sum", "psum", "psum_invariant")
 
 
 class SpectralRunning(NamedTuple):
@@ -248,9 +247,9 @@ class SpectralBatchNorm:
         if self._route(layout) != "spatial":
             # The many numbers of a spectrum's statistics are cheaper made again than kept, and so
             # is, from an input in half precision, the spectrum, which would be twice its bytes.
-            policy = functools.partial(_saves, x.dtype.itemsize >= 4)
-            batch = jax.checkpoint(batch, policy=policy)
-        y, now, each = batch(params, x, mask)
+            batch = jax.checkpoint(batch, policy=_saves)
+        spectrum = self._spectrum(x, layout) if x.dtype.itemsize >= 4 else None
+        y, now, each = batch(params, x, spectrum, mask)
         new = now if each is None else each
         if self.unbiased_running_var:
             n = math.prod(sizes) * math.prod(layout.stored if self._half() else layout.sizes)
@@ -281,9 +280,9 @@ class SpectralBatchNorm:
         route = self._route(layout)
         return None if route == "spatial" else spectra.forward(x, layout, route)
 
-    def _batch(self, params, x, mask, layout):
+    def _batch(self, params, x, spectrum, mask, layout):
         """Output, moments of the batch, and those of each group of devices."""
-        spectrum = self._spectrum(x, layout)
+        spectrum = self._spectrum(x, layout) if spectrum is None else spectrum
         if spectrum is None:
             now = spectra.spatial_moments(x, layout, half=self._half(), mask=mask)
             others = tuple(i + 1 for i in layout.batch + layout.spatial)
