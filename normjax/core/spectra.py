@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import layout as memory
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -546,7 +547,7 @@ def _synthesize(spectrum, how, dtype, mirrored):
     if route == "matmul":
         matrix = _half_matrix(layout.sizes[-1], weights, spectrum.dtype)
         x = _products_transposed(spectrum, matrix, layout).astype(dtype)
-        return jnp.transpose(x, _inverse_order(_order(layout)))
+        return _in_order(jnp.transpose(x, _inverse_order(_order(layout))))
     spatial, outer = len(layout.spatial), len(layout.shape) - len(layout.spatial)
     parts = jnp.transpose(
         spectrum, (1, *range(1 + spatial, 1 + spatial + outer), *range(2, 1 + spatial), 0)
@@ -556,6 +557,16 @@ def _synthesize(spectrum, how, dtype, mirrored):
     parts = parts * weights.reshape((1,) * len(layout.shape) + (-1,))
     x = _shard_local(_irfftn, lax.complex(parts[0], parts[1]), layout.sizes).astype(dtype)
     return jnp.transpose(x, _inverse_order(_minor(layout)))
+
+
+def _in_order(x):
+    """`x`, the last axis minor in memory: XLA on CPU would copy a transposed array once more."""
+    if GATHERS:
+        return x
+    order = memory.Layout(tuple(range(x.ndim)))
+    return lax.platform_dependent(
+        x, cpu=lambda x: memory.with_layout_constraint(x, order), default=lambda x: x
+    )
 
 
 def _inverse_order(order):
@@ -578,7 +589,8 @@ def _irfftn(spectrum, sizes):
     return jnp.fft.irfft(spectrum, sizes[-1])
 
 
-# Before JAX 0.12 the compiler gathers whole arrays for a Fourier transform under `jit`.
+# Before JAX 0.12 the compiler gathers whole arrays for a Fourier transform under `jit`, and to set
+# their order in memory.
 GATHERS = jax.__version_info__ < (0, 12)
 
 
