@@ -123,14 +123,12 @@ CASES = {
         nj.KalmanNorm(gain=0.25, groups=8, guard=100, running_group="first", posterior="fused"),
         (16, 3, 3, 4),
         drops_rows=False,
-        collectives=2,
         extra=prior,
     ),
     "KalmanNorm, groups of devices, computed gain": Subject(
         nj.KalmanNorm(gain="computed", gain_per="channel", groups=2),
         (16, 3, 3, 4),
         drops_rows=False,
-        collectives=2,
         extra=prior,
     ),
     "KalmanNorm, learned transition": Subject(

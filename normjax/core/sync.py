@@ -1,11 +1,15 @@
 """Merging moments over mapped devices: exact for unequal counts, one collective each way."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from normjax.core.structs import AxisGroups, AxisName, Moments
+
+Tree = TypeVar("Tree")
 
 # Bytes, beyond which two small all-reduces beat one that carries every device's moments.
 LARGE_MESSAGE = 1 << 20
@@ -56,13 +60,17 @@ def over_devices(
     return jax.tree.map(lambda a: a[mine], stacked), stacked
 
 
-def gather(part: Moments, axis_name: AxisName) -> Moments:
-    """Every device's moments stacked on axis 0, by one psum, hence replicated for shard_map."""
+def gather(part: Tree, axis_name: AxisName) -> Tree:
+    """Every device's `part` stacked on axis 0, by one psum, hence replicated for shard_map.
+
+    The arrays of `part`, such as those of `Moments`, broadcast to one shape, which they get.
+    """
     index, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
-    message = jnp.stack(jnp.broadcast_arrays(*part))
+    leaves, tree = jax.tree.flatten(part)
+    message = jnp.stack(jnp.broadcast_arrays(*leaves))
     here = (jnp.arange(devices, dtype=index.dtype) == index).reshape(-1, *(1,) * message.ndim)
     stacked = lax.psum(jnp.where(here, message, 0), axis_name)
-    return Moments(stacked[:, 0], stacked[:, 1], stacked[:, 2])
+    return jax.tree.unflatten(tree, [stacked[:, i] for i in range(len(leaves))])
 
 
 def _in_two_steps(part, axis_name):

@@ -1,6 +1,7 @@
 """Kalman normalization: batch statistics fused with those that the layer before predicts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -58,6 +59,19 @@ class KalmanRunning(NamedTuple):
     count: jax.Array | None = None  # f32[]
     mean_error: jax.Array | None = None  # f32[features], in units of the predicted variance
     var_error: jax.Array | None = None  # f32[features], of the logarithm
+
+
+class _Statistics(NamedTuple):
+    """Moments of the batch or of its groups, with the prediction if there is one."""
+
+    count: jax.Array
+    mean: jax.Array
+    var: jax.Array
+    prior_mean: jax.Array | None = None
+    prior_var: jax.Array | None = None
+
+    def moments(self):
+        return Moments(self.count, self.mean, self.var)
 
 
 _LECUN = jax.nn.initializers.lecun_normal()
@@ -243,29 +257,57 @@ class KalmanNorm(BatchNorm):
         if here > 1:
             both = x, groups.samples_of_mask(mask, x)
             parts, valid = jax.tree.map(lambda a: groups.split(a, 0, here), both)
-            others = tuple(i + 1 for i in others)
 
-        def lift(a):
-            """An array [features] or [groups, features] with the axes of the statistics."""
-            own = here > 1 and a.ndim > len(at)
-            return jnp.expand_dims(a, others if own or here == 1 else (0, *others))
+        def lift(a, grouped):
+            """[features] or [groups, features] shaped as statistics, or as those of groups."""
+            lead = (0,) if grouped and a.ndim == len(at) else ()
+            return jnp.expand_dims(a, lead + tuple(i + grouped for i in others))
 
-        now = passes.moments(parts, others, mask=valid)
+        now = passes.moments(parts, tuple(i + (here > 1) for i in others), mask=valid)
         now = now._replace(count=place(now.count, spec(now.mean), like=now.mean))
-        if devices > self.groups:
-            together = devices // self.groups
-            shared = groups.neighbours(devices, together) if self.groups > 1 else None
-            now, _ = sync.over_devices(now, self.axis_name, shared)
-        fused, errors = now, None
+        if devices > 1 and self.groups == 1:
+            now, _ = sync.over_devices(now, self.axis_name)
+        predicted = ()
         if prior is not None:
-            mean, var = self._prior(prior, params, at, x, here)
-            fused, errors = self._fuse(now, lift(mean), lift(var), params, state, lift, devices)
-        lifted = AffineParams(*(None if a is None else lift(a) for a in small))
-        y = passes.normalize(self, parts, fused.mean, fused.var, lifted)
+            predicted = (lift(a, here > 1) for a in self._prior(prior, params, at, x, here))
+            predicted = (jnp.broadcast_to(a, now.mean.shape) for a in predicted)
+            predicted = (place(a, spec(now.mean), like=now.mean) for a in predicted)
+        known = _Statistics(*now, *predicted)
+        guarded = self.guard is not None and prior is not None
+        together = devices > 1 and self.groups > 1 and (guarded or devices > self.groups)
+        if together:
+            known = self._all_groups(known, here)
+        grouped = together or here > 1
+        fused, errors = self._fuse(known, params, state, functools.partial(lift, grouped=grouped))
+        mine = self._own_groups(fused, here, devices) if together else fused
+        lifted = AffineParams(*(None if a is None else lift(a, here > 1) for a in small))
+        y = passes.normalize(self, parts, mine.mean, mine.var, lifted)
         y = groups.join(y, 0, like=x) if here > 1 else y
-        fused, errors = jax.tree.map(lambda a: jnp.squeeze(a, others), (fused, errors))
-        posterior = self._moments_out(params, fused.mean, fused.var, x)
-        return (y, posterior), self._update(state, fused, errors, here, devices, x)
+
+        def flat(tree, grouped):
+            axes = tuple(i + grouped for i in others)
+            return jax.tree.map(lambda a: jnp.squeeze(a, axes), tree)
+
+        mine = flat(mine, here > 1)
+        posterior = self._moments_out(params, mine.mean, mine.var, x)
+        fused, errors = flat(fused, grouped), flat(errors, grouped)
+        state = self._update(state, fused, errors, grouped, 1 if together else devices, x)
+        return (y, posterior), state
+
+    def _all_groups(self, known, here):
+        """Statistics of all groups of the batch [groups, ...], by one message with the priors."""
+        every: _Statistics = sync.gather(known, self.axis_name)
+        if here > 1:
+            return jax.tree.map(lambda a: a.reshape(self.groups, *a.shape[2:]), every)
+        every = jax.tree.map(lambda a: a.reshape(self.groups, -1, *a.shape[1:]), every)
+        now = sync.merge(every.moments(), 1)
+        return jax.tree.map(lambda a: a[:, 0], every)._replace(**now._asdict())
+
+    def _own_groups(self, every, here, devices):
+        """Of statistics of all groups those of this device, or of the one that it shares."""
+        first = lax.axis_index(self.axis_name) * self.groups // devices
+        own = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, here), every)
+        return own if here > 1 else jax.tree.map(lambda a: a[0], own)
 
     def _groups_here(self, x, at, devices):
         """How many groups lie on this device (one that is shared counts as one)."""
@@ -309,23 +351,19 @@ class KalmanNorm(BatchNorm):
             )
         return mean, var
 
-    def _fuse(self, now, mean, var, params, state, lift, devices):
+    def _fuse(self, known, params, state, lift):
         """Fused statistics, and the squared errors of the prediction of mean and log-variance."""
-        mean, var = (
-            place(jnp.broadcast_to(a, now.mean.shape), spec(now.mean), like=now.mean)
-            for a in (mean, var)
-        )
+        now, mean, var = known.moments(), known.prior_mean, known.prior_var
+        if mean is None:
+            return now, None
         tracked = now.count
         if self.guard is not None:
-            ratio = lax.stop_gradient(jnp.mean(var / now.var))
-            if devices > 1 and self.groups > 1:
-                ratio = lax.pmean(ratio, self.axis_name)
-            used = ratio < self.guard
+            used = lax.stop_gradient(jnp.mean(var / now.var)) < self.guard
             mean, var = lax.select(used, mean, now.mean), lax.select(used, var, now.var)
             tracked = tracked * used.astype(tracked.dtype)
         gap = mean - now.mean
-        known = (now.count > 0).astype(now.mean.dtype)  # without a sample, only the prediction
-        q, p = (gain * known for gain in self._gains(now, params, state, lift))
+        sampled = (now.count > 0).astype(now.mean.dtype)  # without a sample, only the prediction
+        q, p = (gain * sampled for gain in self._gains(now, params, state, lift))
         fused = Moments(
             now.count,
             now.mean + (1 - q) * gap,
@@ -369,7 +407,8 @@ class KalmanNorm(BatchNorm):
         output = propagate.prediction(bias, jnp.square(scale))
         return propagate.activation(output, self.activation)
 
-    def _update(self, state, fused, errors, here, devices, x):
+    def _update(self, state, fused, errors, grouped, devices, x):
+        """The state after all groups: those of this device, of as many `devices`, if not of all."""
         options: dict[str, Any] = {"skip_nonfinite": self.skip_nonfinite}
 
         def move(fused, errors):
@@ -388,14 +427,16 @@ class KalmanNorm(BatchNorm):
 
         if self.groups == 1:
             return move(fused, errors)
-        stacked = (fused, errors) if here > 1 else jax.tree.map(lambda a: a[None], (fused, errors))
+        stacked = (fused, errors) if grouped else jax.tree.map(lambda a: a[None], (fused, errors))
         each = jax.vmap(move)(*stacked)
         counts = jnp.any(stacked[0].count > 0, axis=tuple(range(1, state.mean.ndim + 1)))
-        counts, _ = align(counts, x)
+        axis_name = None
+        if devices > 1:
+            axis_name = self.axis_name
+            counts, _ = align(counts, x)
         if self.running_group == "first":
-            number = jnp.arange(here)
+            number = jnp.arange(len(counts))
             if devices > 1:
                 number = number + lax.axis_index(self.axis_name) * self.groups // devices
             counts = counts & (number == 0)
-        axis_name = self.axis_name if devices > 1 else None
         return running.average_filled(state, each, counts, axis_name)
