@@ -227,6 +227,13 @@ def _affine_transpose(activation, saved, g):
         centred = widen(x) - mean
         return activation_cotangent(activation, centred * gain + bias, widen(h), zeros), centred
 
+    def cotangent(h, *others):
+        return before(h, *others)[0] if others else widen(h)
+
+    def product(*arrays):
+        h, centred = before(*arrays)
+        return h * centred
+
     def total_of(fun, *arrays):
         """Fenced, or XLA would make a pass for a sum of sums; activations may mix positions."""
         if activation in (None, jax.nn.relu):
@@ -234,13 +241,11 @@ def _affine_transpose(activation, saved, g):
         return total_over(fun(*arrays), zero)
 
     whole = (g, *saved, zero)
-    h = fence(g) if activation is None else fence(*whole)
-    total = total_of(lambda h, *others: before(h, *others)[0] if others else widen(h), *h)
-    slope = total_of(lambda *a: math.prod(before(*a)), *fence(*whole, total)[:-1])
+    total = total_of(cotangent, *fence(*whole[:1] if activation is None else whole))
+    slope = total_of(product, *fence(*whole, total)[:-1])
     *whole, _ = fence(*whole, slope)
-    h, _ = before(*whole)
-    cotangents = map(_sum_to, (-total * small[1], slope, total), small)
-    return (h * whole[3]).astype(x.dtype), *cotangents
+    dx = (cotangent(*whole) * whole[3]).astype(x.dtype)
+    return dx, *map(_sum_to, (-total * small[1], slope, total), small)
 
 
 @_affine.defjvp
