@@ -176,6 +176,12 @@ CASES = {
         **MAPS,
     ),
     "chain": Subject(
+        nj.chain(nj.BatchNorm(use_bias=False), nj.Affine()),
+        (16, 9, 4),
+        residual_bytes=2.1,
+        roundings=2,
+    ),
+    "chain, three": Subject(
         nj.chain(nj.LayerNorm(use_scale=False), nj.BatchNorm(use_bias=False), nj.Affine()),
         (16, 3, 4),
         residual_bytes=3.1,
