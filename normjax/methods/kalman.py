@@ -237,20 +237,23 @@ class KalmanNorm(BatchNorm):
         checks.match(name, "axis", at, x.shape, (*small, state.mean, state.var))
         checks.counted(name, state, self._counted())
         others = tuple(i for i in range(x.ndim) if i not in at)
-        if not train:
-            lifted = AffineParams(
-                *(None if a is None else jnp.expand_dims(a, others) for a in small)
-            )
-            mean, var = (jnp.expand_dims(a, others) for a in (state.mean, state.var))
-            y = passes.normalize(self, x, mean, var, lifted)
-            return (y, self._moments_out(params, state.mean, state.var, x)), state
+        if train:
+            checks.need_positions(name, others, x.shape, self.axis_name)
+            if prior is None and self.require_prior:
+                raise ValueError(
+                    f"{name}: prior=None, but require_prior=True: give the moments that "
+                    "normjax.propagate predicts for this input."
+                )
+            return self._normalize_fused(params, state, x, mask, prior)
+        lifted = AffineParams(*(None if a is None else jnp.expand_dims(a, others) for a in small))
+        mean, var = (jnp.expand_dims(a, others) for a in (state.mean, state.var))
+        y = passes.normalize(self, x, mean, var, lifted)
+        return (y, self._moments_out(params, state.mean, state.var, x)), state
 
-        checks.need_positions(name, others, x.shape, self.axis_name)
-        if prior is None and self.require_prior:
-            raise ValueError(
-                f"{name}: prior=None, but require_prior=True: give the moments that "
-                "normjax.propagate predicts for this input."
-            )
+    def _normalize_fused(self, params, state, x, mask, prior):
+        """Output with its moments, and state, of training."""
+        at = self._features(x)
+        others = tuple(i for i in range(x.ndim) if i not in at)
         devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         here = self._groups_here(x, at, devices)
         parts, valid = x, mask
@@ -280,6 +283,7 @@ class KalmanNorm(BatchNorm):
         grouped = together or here > 1
         fused, errors = self._fuse(known, params, state, functools.partial(lift, grouped=grouped))
         mine = self._own_groups(fused, here, devices) if together else fused
+        small = params.scale, params.bias
         lifted = AffineParams(*(None if a is None else lift(a, here > 1) for a in small))
         y = passes.normalize(self, parts, mine.mean, mine.var, lifted)
         y = groups.join(y, 0, like=x) if here > 1 else y
