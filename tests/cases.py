@@ -63,7 +63,7 @@ CASES = {
         nj.ExclusiveBatchNorm(8, running_average="debiased"), (16, 3, 3, 4), drops_rows=False
     ),
     "EvalNorm": Subject(nj.EvalNorm(4), (16, 6, 4), drops_rows=False),
-    "GhostNoise": Subject(nj.GhostNoise(4), (16, 3, 3, 4)),
+    "GhostNoise": Subject(nj.GhostNoise(12), (16, 3, 3, 4)),  # many enough to be counted
     "GhostNoise, gathered": Subject(nj.GhostNoise(2), (32, 3, 3, 4)),
     "GhostNoise, each channel": Subject(
         nj.GhostNoise(4, independent_channels=True, axis=1), (16, 4, 3, 3)
