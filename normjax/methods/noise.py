@@ -23,7 +23,7 @@ from normjax.core.tracing import traced_once
 
 Strength = float | Callable[[Any], Any]
 # Ghosts of N of B samples come from a product with counts for N**2 > MANY * B, else by gathering:
-# benchmarks/results/ghost_noise/drawing.json.
+# benchmarks/results/drawing/drawing.json.
 MANY = 8
 
 
