@@ -73,7 +73,9 @@ def moments(
         shape = (1,) * (x.ndim - 1) + (x.shape[-1] if channel_groups else 1,)
         count = jnp.full(shape, math.prod(x.shape[i] for i in axes), dtype)
     else:
-        count = jnp.sum(jnp.broadcast_to(mask, x.shape), axes, dtype=dtype, keepdims=True)
+        kept = x.ndim - 1 if channel_groups else None
+        shape = [n if i in (*axes, kept) else mask.shape[i] for i, n in enumerate(x.shape)]
+        count = jnp.sum(jnp.broadcast_to(mask, shape), axes, dtype=dtype, keepdims=True)
     count = _pool(count, channel_groups)
     how = axes, centred, channel_groups
     mean, var = _mean_var(x, mask, jnp.maximum(count, 1), how)

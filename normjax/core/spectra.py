@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import layout as memory
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
@@ -445,6 +446,49 @@ def _listed(a, layout):
     return a.reshape(2, math.prod(layout.stored), *a.shape[1 + spatial :])
 
 
+def _unlisted(a, layout, members):
+    """[parts, 1 or groups, *features] so that it broadcasts to a spectrum."""
+    if members is not None and a.shape[1] > 1:
+        a = _spread(a, members)
+    parts, number, *rest = a.shape
+    spatial = len(layout.spatial)
+    stored = (1,) * spatial if number == 1 else layout.stored
+    a = jnp.moveaxis(a.reshape(parts, *stored, *rest), spatial, 0)
+    return jnp.expand_dims(a, tuple(range(1 + spatial, 1 + spatial + len(layout.batch))))
+
+
+def rounded(
+    spectrum: jax.Array, now: Moments, layout: Layout, members: np.ndarray | None, dtype: Any
+) -> jax.Array:
+    """`spectrum` with its distance from the mean rounded to `dtype`, differentiated as itself.
+
+    The distances are divided by their scale before, so that they are within the range of `dtype`.
+    For a policy of `jax.checkpoint` they have the name "rounded".
+
+    Args:
+      spectrum: from `forward`.
+      now: its moments, as `moments` or `merge` returns them.
+      layout: the axes of the input.
+      members: group of each stored frequency; None: every frequency is a group.
+      dtype: of half precision.
+    """
+    _, mean, var = (_unlisted(a, layout, members) for a in now)
+    scale = jnp.sqrt(var + jnp.square(mean / 1000) + jnp.finfo(var.dtype).tiny)
+    distance = ((lax.stop_gradient(spectrum) - mean) / scale).astype(dtype)
+    distance = checkpoint_name(distance, "rounded")
+    return as_if(distance.astype(spectrum.dtype) * scale + mean, spectrum)
+
+
+@jax.custom_jvp
+def as_if(value: Any, other: Any) -> Any:
+    """`value`, differentiated as if it were `other`, an array or tree of arrays alike."""
+    del other
+    return value
+
+
+as_if.defjvp(lambda primals, tangents: (primals[0], tangents[1]))
+
+
 def affine(
     spectrum: jax.Array,
     mean: jax.Array,
@@ -463,17 +507,8 @@ def affine(
       layout: the axes of the input.
       members: group of each stored frequency; None: every frequency is a group.
     """
-    spatial = len(layout.spatial)
 
-    def unlisted(a):
-        if members is not None and a.shape[1] > 1:
-            a = _spread(a, members)
-        parts, number, *rest = a.shape
-        stored = (1,) * spatial if number == 1 else layout.stored
-        a = jnp.moveaxis(a.reshape(parts, *stored, *rest), spatial, 0)
-        return jnp.expand_dims(a, tuple(range(1 + spatial, 1 + spatial + len(layout.batch))))
-
-    return passes.affine(spectrum, *map(unlisted, (mean, gain, bias)))
+    return passes.affine(spectrum, *(_unlisted(a, layout, members) for a in (mean, gain, bias)))
 
 
 def _memberships(members, number, dtype):
@@ -546,8 +581,8 @@ def _synthesize(spectrum, how, dtype, mirrored):
     weights = stored_weights(layout.sizes[-1]) if mirrored else np.ones(layout.stored[-1])
     if route == "matmul":
         matrix = _half_matrix(layout.sizes[-1], weights, spectrum.dtype)
-        x = _products_transposed(spectrum, matrix, layout).astype(dtype)
-        return _in_order(jnp.transpose(x, _inverse_order(_order(layout))))
+        x = _products_transposed(spectrum, matrix, layout)
+        return _written(jnp.transpose(x, _inverse_order(_order(layout))), dtype)
     spatial, outer = len(layout.spatial), len(layout.shape) - len(layout.spatial)
     parts = jnp.transpose(
         spectrum, (1, *range(1 + spatial, 1 + spatial + outer), *range(2, 1 + spatial), 0)
@@ -559,14 +594,23 @@ def _synthesize(spectrum, how, dtype, mirrored):
     return jnp.transpose(x, _inverse_order(_minor(layout)))
 
 
-def _in_order(x):
-    """`x`, the last axis minor in memory: XLA on CPU would copy a transposed array once more."""
-    if GATHERS:
-        return x
-    order = memory.Layout(tuple(range(x.ndim)))
-    return lax.platform_dependent(
-        x, cpu=lambda x: memory.with_layout_constraint(x, order), default=lambda x: x
-    )
+def _written(x, dtype):
+    """`x` in `dtype`, the last axis minor in memory, in one pass on CPU.
+
+    There XLA would copy a transposed array once more, and round to bfloat16 slowly while it does.
+    """
+
+    def on_cpu(x):
+        if x.dtype == jnp.float32 and dtype == jnp.bfloat16:
+            bits = lax.bitcast_convert_type(lax.reduce_precision(x, 8, 7), jnp.uint32)
+            y = lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), dtype)
+        else:
+            y = x.astype(dtype)
+        if GATHERS:
+            return y
+        return memory.with_layout_constraint(y, memory.Layout(tuple(range(y.ndim))))
+
+    return lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x.astype(dtype))
 
 
 def _inverse_order(order):
@@ -651,21 +695,59 @@ def _whole_matrix(size, dtype):
 _dot = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
 
 
+def _along(matrix, spectrum, axis):
+    """`matrix` [part out, out, part in, in] times each frequency of axis 0, at `axis`."""
+    matrix = jnp.broadcast_to(jnp.asarray(matrix), (len(spectrum), *matrix.shape))
+    return jnp.moveaxis(_dot(matrix, spectrum, (((3, 4), (1, axis)), ((0,), (0,)))), 2, axis)
+
+
+# From this size on, an even axis takes less time as its even and odd positions apart: of their
+# products, the first half of the spectrum is the sum and the second half the difference.
+SPLIT = 24
+
+
+def _splits(layout, parts):
+    """Whether the first spatial axis is transformed so; `parts` is how it is sharded."""
+    size = layout.sizes[0]
+    return len(layout.sizes) > 1 and size >= SPLIT and size % 2 == 0 and parts is None
+
+
+def _split_matrix(size, dtype):
+    """Of each parity: [2, part out, first half of the frequencies, part in, positions]."""
+    matrix = _whole_matrix(size, dtype)[:, : size // 2]
+    return np.moveaxis(matrix.reshape(2, size // 2, 2, size // 2, 2), -1, 0)
+
+
 def _products(x, half_matrix, layout):
     """Spectrum of [W, *other spatial, ...], every axis in its place."""
-    spectrum = _dot(jnp.asarray(half_matrix), x, (((2,), (0,)), ((), ())))
-    for axis, size in enumerate(layout.sizes[:-1], 2):
-        matrix = jnp.asarray(_whole_matrix(size, x.dtype))
-        matrix = jnp.broadcast_to(matrix, (len(half_matrix), *matrix.shape))
-        spectrum = _dot(matrix, spectrum, (((3, 4), (1, axis)), ((0,), (0,))))
-        spectrum = jnp.moveaxis(spectrum, 2, axis)
+    half, axes = jnp.asarray(half_matrix), dict(enumerate(layout.sizes[:-1], 2))
+    first = functools.partial(_dot, dimension_numbers=(((2,), (0,)), ((), ())))
+    if _splits(layout, spec(x)[1]):
+        x = x.reshape(len(x), axes[2] // 2, 2, *x.shape[2:])
+        spectrum = jax.vmap(first)(jnp.stack([half, half]), jnp.moveaxis(x, 2, 0))
+        matrix = _split_matrix(axes.pop(2), x.dtype)
+        even, odd = jax.vmap(functools.partial(_along, axis=2))(matrix, spectrum)
+        spectrum = jnp.concatenate([even + odd, even - odd], 2)
+    else:
+        spectrum = first(half, x)
+    for axis, size in axes.items():
+        spectrum = _along(_whole_matrix(size, x.dtype), spectrum, axis)
     return spectrum
 
 
 def _products_transposed(spectrum, half_matrix, layout):
-    for axis, size in reversed(list(enumerate(layout.sizes[:-1], 2))):
-        matrix = jnp.asarray(_whole_matrix(size, spectrum.dtype))
-        matrix = jnp.broadcast_to(matrix, (len(half_matrix), *matrix.shape))
-        spectrum = _dot(matrix, spectrum, (((1, 2), (1, axis)), ((0,), (0,))))
-        spectrum = jnp.moveaxis(spectrum, 2, axis)
-    return _dot(jnp.asarray(half_matrix), spectrum, (((0, 1), (0, 1)), ((), ())))
+    half, axes = jnp.asarray(half_matrix), dict(enumerate(layout.sizes[:-1], 2))
+    last = functools.partial(_dot, dimension_numbers=(((0, 1), (0, 1)), ((), ())))
+    split = _splits(layout, spec(spectrum)[2])
+    size = axes.pop(2) if split else 0
+    for axis in reversed(axes):
+        matrix = _whole_matrix(axes[axis], spectrum.dtype).transpose(2, 3, 0, 1)
+        spectrum = _along(matrix, spectrum, axis)
+    if not split:
+        return last(half, spectrum)
+    near, far = jnp.split(spectrum, 2, 2)
+    matrix = _split_matrix(size, spectrum.dtype).transpose(0, 3, 4, 1, 2)
+    parts = jnp.stack([near + far, near - far])
+    parts = jax.vmap(functools.partial(_along, axis=2))(matrix, parts)
+    x = jnp.moveaxis(jax.vmap(last)(jnp.stack([half, half]), parts), 0, 2)
+    return x.reshape(len(x), size, *x.shape[3:])

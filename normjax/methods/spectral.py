@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from normjax.core import checks, passes, running, spectra, sync
 from normjax.core.activation import activate
@@ -29,9 +30,10 @@ from normjax.core.tracing import traced_once
 LARGEST_PRODUCT = 64  # the longest axis for which "auto" multiplies by a matrix
 
 
-def _saves(primitive, *_, **__):
-    """Whether to keep what `primitive` makes for the backward pass: sums."""
-    return primitive is sum_p or primitive.name in ("reduce_sum", "psum", "psum_invariant")
+def _saves(primitive, *_, **how):
+    """Whether to keep what `primitive` makes for the backward pass: sums, and what has a name."""
+    named = primitive.name == "name" and how["name"] in ("moments", "rounded")
+    return named or primitive is sum_p or primitive.name in ("reduce_sum", "psum", "psum_invariant")
 
 
 class SpectralRunning(NamedTuple):
@@ -87,8 +89,8 @@ class SpectralBatchNorm:
 
     The output has the dtype of the input (integers: float32) unless `dtype` says otherwise;
     transforms, statistics and arithmetic are in at least float32. Reverse mode keeps the input (for
-    the half plane also two sums of each row) or, with a transform, the spectrum; of an input in
-    half precision it keeps the input, and transforms it again.
+    the half plane also two sums of each row) or, with a transform, the spectrum: of an input in
+    half precision, its distances from the mean rounded to that precision.
 
     Attributes:
       axis: the feature axis, or several, with their own scale, bias and statistics.
@@ -245,11 +247,9 @@ class SpectralBatchNorm:
 
         batch = functools.partial(self._batch, layout=layout)
         if self._route(layout) != "spatial":
-            # The many numbers of a spectrum's statistics are cheaper made again than kept, and so
-            # is, from an input in half precision, the spectrum, which would be twice its bytes.
+            # The many numbers of a spectrum's statistics are cheaper made again than kept.
             batch = jax.checkpoint(batch, policy=_saves)
-        spectrum = self._spectrum(x, layout) if x.dtype.itemsize >= 4 else None
-        y, now, each = batch(params, x, spectrum, mask)
+        y, now, each = batch(params, x, self._spectrum(x, layout), mask)
         new = now if each is None else each
         if self.unbiased_running_var:
             n = math.prod(sizes) * math.prod(layout.stored if self._half() else layout.sizes)
@@ -282,22 +282,35 @@ class SpectralBatchNorm:
 
     def _batch(self, params, x, spectrum, mask, layout):
         """Output, moments of the batch, and those of each group of devices."""
-        spectrum = self._spectrum(x, layout) if spectrum is None else spectrum
+        exact = spectrum
         if spectrum is None:
             now = spectra.spatial_moments(x, layout, half=self._half(), mask=mask)
             others = tuple(i + 1 for i in layout.batch + layout.spatial)
             now = Moments(*(a.squeeze(others)[:, None] for a in now))
         else:
-            now = spectra.moments(spectrum, layout, mask)
-            if self.statistics != "frequency":
-                members = self._members(layout)
-                now = spectra.merge(now, layout, members, self._bands(), half=self._half())
+            now = self._moments(spectrum, mask, layout)
+            if x.dtype.itemsize < 4:  # reverse mode keeps no more than the input has
+                exact, now = lax.stop_gradient((spectrum, now))
+                now = checkpoint_name(now, "moments")
+                spectrum = spectra.rounded(spectrum, now, layout, self._members(layout), x.dtype)
+                now = spectra.as_if(now, self._moments(spectrum, mask, layout))
         factor = self._factors(layout)[0]
         now = Moments(now.count, now.mean * factor, now.var * factor**2)
         each = None
         if self.axis_name is not None:
             now, each = sync.over_devices(now, self.axis_name, self.axis_index_groups)
-        return self._normalize(x, spectrum, now.mean, now.var.sum(0), params, layout), now, each
+        how = now.mean, now.var.sum(0), params
+        y = self._normalize(x, spectrum, *how, layout)
+        if exact is not spectrum:
+            y = spectra.as_if(self._normalize(x, exact, *lax.stop_gradient(how), layout), y)
+        return y, now, each
+
+    def _moments(self, spectrum, mask, layout):
+        now = spectra.moments(spectrum, layout, mask)
+        if self.statistics == "frequency":
+            return now
+        members = self._members(layout)
+        return spectra.merge(now, layout, members, self._bands(), half=self._half())
 
     def _layout(self, x):
         name = type(self).__name__
