@@ -76,6 +76,11 @@ CASES = (
     case(4, 3, 6, 2, statistics="ring", activation=jax.nn.silu),
     case(1, 1, 3, 2, spectrum="half", epsilon=0.1),
 )  # fmt: skip
+# Even axes long enough to be multiplied by parity.
+SPLIT = (
+    case(3, 26, 3, 2, statistics="frequency", map_size=(26, 3)),
+    case(3, 24, 2, 4, 1, statistics="ring", spectrum="half"),
+)
 
 
 def train(method, x, *, gradients=False, **given):
@@ -123,6 +128,10 @@ class OracleTest(parameterized.TestCase):
 
     @parameterized.parameters(*zip(CASES, cycle(agreement.KINDS)))
     def test_cases(self, case, kind):
+        agreement.check_case(nj.SpectralBatchNorm, case, kind)
+
+    @parameterized.product(case=SPLIT, kind=agreement.KINDS)
+    def test_split_axes(self, case, kind):
         agreement.check_case(nj.SpectralBatchNorm, case, kind)
 
     @parameterized.product(make=BOTH, case=CASES, kind=agreement.KINDS)
