@@ -1,4 +1,4 @@
-"""Sums that CPUs make in tiles: the same numbers, and derivatives, and only there."""
+"""Sums that CPUs make in tiles, or several at once: the same numbers and derivatives."""
 
 import functools
 
@@ -10,7 +10,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import normjax as nj
-from normjax.core.linear import sum_of
+from normjax.core.linear import sum_of, sums_of
 
 SHAPE = (4, 24, 24, 64)  # 576 positions of 64 channels: XLA on CPU is slow at these
 AXES = (1, 2)
@@ -102,6 +102,94 @@ def test_positions_on_several_devices_are_not_put_together():
     with jax.set_mesh(mesh):
         found = jax.jit(ours)(sharded, there)
     chex.assert_trees_all_close(jax.device_get(found), theirs(x, centre), rtol=1e-5, atol=1e-3)
+
+
+def pair(x, centre):
+    return x.astype(jnp.float32), product(x, centre)
+
+
+def both_ways(axes, fun=pair):
+    apart = lambda *a: [plain(lambda *a, i=i: fun(*a)[i], axes, *a) for i in range(2)]
+    return functools.partial(sums_of, fun, axes), apart
+
+
+def at_once(f, *arrays, platform="cpu"):
+    """Whether the lowered program has one reduction with two results."""
+    text = export.export(jax.jit(f), platforms=[platform])(*arrays).mlir_module()
+    return ":2 = stablehlo.reduce(" in text
+
+
+def test_several_sums_are_one_pass_of_cpus():
+    ours, theirs = both_ways(AXES)
+    assert at_once(ours, *arrays())
+    assert not any(at_once(ours, *arrays(), platform=p) for p in ("tpu", "cuda"))
+    read = lambda f: jax.jit(f).lower(*arrays()).compile().cost_analysis()["bytes accessed"]
+    x = arrays()[0]
+    assert read(ours) < 1.6 * x.nbytes < 2 * x.nbytes <= read(theirs)
+
+
+@pytest.mark.parametrize(
+    "shape, axes, together",
+    (
+        ((4, 24, 24, 64), (1, 2), True),
+        ((4, 24, 24, 64), (0, 1, 2), True),
+        ((16, 7, 5, 3), (0, 1, 2), True),  # over samples, with so few channels
+        ((6, 20, 12, 12), (0, 2, 3), True),
+        ((2, 20, 14, 18), (2, 3), True),
+        ((3, 49, 32), (1,), True),
+        ((3, 11, 13, 32), (1, 2), False),
+        ((64, 8), (0,), False),
+        ((0, 8, 8, 16), (0, 1, 2), True),
+        ((4, 24, 24, 64), (3,), False),
+        ((4, 5), (), False),
+    ),
+)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_several_sums_have_the_values_of_each(shape, axes, together, dtype):
+    x = jax.random.normal(jax.random.key(0), shape, dtype)
+    small = tuple(1 if i in axes else n for i, n in enumerate(shape))
+    centre = jax.random.normal(jax.random.key(1), small, dtype)
+    ours, theirs = both_ways(axes)
+    assert at_once(ours, x, centre) == together
+    chex.assert_trees_all_close(
+        list(jax.jit(ours)(x, centre)), theirs(x, centre), rtol=1e-5, atol=1e-3
+    )
+
+
+def test_several_sums_differentiate_and_batch():
+    with jax.enable_x64(True):
+        values, tangents = arrays("float64"), arrays("float64", key=2)
+        ours, theirs = both_ways(AXES, lambda x, c: (jnp.sin(x) * c, x * (x - c) ** 2))
+        total = lambda f: lambda *a: sum(jnp.sum(jnp.square(s)) for s in f(*a))
+        for change in (
+            lambda f: jax.jvp(f, values, tangents),
+            lambda f: jax.vjp(f, *values)[1](list(f(*tangents))),
+            lambda f: jax.jvp(jax.grad(total(f), (0, 1)), values, tangents),
+            lambda f: jax.vmap(f, in_axes=(0, None))(values[0][:, None], values[1][:1]),
+        ):
+            ours_is, theirs_is = (jax.tree.leaves(change(f)) for f in (ours, theirs))
+            chex.assert_trees_all_close(ours_is, theirs_is, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
+@pytest.mark.parametrize("axes", (AXES, (0, 1, 2)))
+def test_several_sums_of_samples_on_many_devices_send_sums_alone(kind, axes):
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(kind,))
+    x = jax.random.normal(jax.random.key(0), (8, 16, 16, 64))
+    centre = jnp.ones((1, 1, 1, 64))
+    ours, theirs = both_ways(axes)
+    with jax.set_mesh(mesh):
+        there = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
+        compiled = jax.jit(ours).lower(there, centre).compile()
+        found = compiled(there, centre)
+    text = compiled.as_text()
+    assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))
+    sent = [line for line in text.splitlines() if " all-reduce(" in line]
+    assert len(sent) <= (2 if 0 in axes else 0)
+    assert all("f32[64]" in line or "f32[1,1,1,64]" in line for line in sent), sent
+    chex.assert_trees_all_close(
+        [jax.device_get(a) for a in found], theirs(x, centre), rtol=1e-5, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("activation", (None, jax.nn.relu, jax.nn.gelu))

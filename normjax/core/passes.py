@@ -17,7 +17,7 @@ from jax import lax
 
 from normjax.core import checks, groups
 from normjax.core.activation import activate, activation_cotangent, activation_tangent
-from normjax.core.linear import align, fence, linear, sum_of
+from normjax.core.linear import align, fence, linear, sum_of, sums_of
 from normjax.core.structs import AffineParams, Moments
 
 
@@ -224,30 +224,26 @@ def _affine_transpose(activation, saved, g):
     x, *small = saved
     zero = jnp.zeros(jnp.broadcast_shapes(*(a.shape for a in small)), small[1].dtype)
 
-    def before(h, x, mean, gain, bias, zeros):
-        """Cotangent before the activation, and the centred input."""
+    def both(h, x, mean, gain, bias, zeros):
+        """Cotangent before the activation, alone and times the centred input."""
         centred = widen(x) - mean
-        return activation_cotangent(activation, centred * gain + bias, widen(h), zeros), centred
-
-    def cotangent(h, *others):
-        return before(h, *others)[0] if others else widen(h)
-
-    def product(*arrays):
-        h, centred = before(*arrays)
-        return h * centred
-
-    def total_of(fun, *arrays):
-        """Fenced, or XLA would make a pass for a sum of sums; activations may mix positions."""
-        if activation in (None, jax.nn.relu):
-            return fence(sum_of(fun, _lacking(zero, g.shape), *arrays))[0]
-        return total_over(fun(*arrays), zero)
+        h = activation_cotangent(activation, centred * gain + bias, widen(h), zeros)
+        return h, h * centred
 
     whole = (g, *saved, zero)
-    total = total_of(cotangent, *fence(*whole[:1] if activation is None else whole))
-    slope = total_of(product, *fence(*whole, total)[:-1])
+    total, slope = _totals(both, activation, zero, *whole)
     *whole, _ = fence(*whole, slope)
-    dx = (cotangent(*whole) * whole[3]).astype(x.dtype)
+    dx = (both(*whole)[0] * whole[3]).astype(x.dtype)
     return dx, *map(_sum_to, (-total * small[1], slope, total), small)
+
+
+def _totals(both, activation, small, *arrays):
+    """Sums of the two arrays that `both` gives over the axes that `small` lacks."""
+    if activation in (None, jax.nn.relu):
+        lacking = _lacking(small, arrays[0].shape)
+        return fence(*sums_of(both, lacking, *fence(*arrays)))
+    first = total_over(both(*fence(*arrays))[0], small)  # the activation may mix positions
+    return first, total_over(both(*fence(*arrays, first)[:-1])[1], small)
 
 
 @_affine.defjvp
@@ -278,23 +274,33 @@ def _rows_tangent(activation, dtype, saved, tangents):
 
 
 def _rows_transpose(activation, saved, g):
-    def inputs(*after):
-        """As in `_affine_transpose`, with inverse and scale in place of the gain."""
-        zero = jnp.zeros_like(saved[2])
-        h, x, mean, inverse, scale, bias, zero, *_ = _fence_tree(g, *saved, zero, *after)
+    x, mean, inverse, scale, bias = saved
+    whole = (g, x, inverse, scale, bias, jnp.zeros_like(inverse))
+    whole = whole if mean is None else (*whole, mean)
+    small = jnp.zeros(jnp.broadcast_shapes(scale.shape, bias.shape), scale.dtype)
+
+    def before(h, x, inverse, scale, bias, zero, mean=None):
+        """Cotangent before the activation, and the centred input."""
         centred = _centre(x, mean)
         h = activation_cotangent(activation, centred * inverse * scale + bias, widen(h), zero)
-        return h, centred, inverse, scale
+        return h, centred
+
+    def both(*arrays):
+        h, centred = before(*arrays)
+        return h, h * (centred * arrays[2])
+
+    def inputs(*after):
+        """Cotangent, centred input, inverse and scale in a pass of its own."""
+        arrays = fence(*whole, *after)[: len(whole)]
+        return *before(*arrays), *arrays[2:4]
 
     h, centred, inverse, scale = inputs()
     slope = total_over(h * scale * centred, inverse)
-    h, centred, inverse, scale = inputs(slope)
-    dscale = total_over(h * (centred * inverse), scale)
-    h, _, _, scale = inputs(dscale)
-    dbias = total_over(h, scale)
-    h, _, inverse, scale = inputs(dbias)
-    dx = (h * inverse * scale).astype(saved[0].dtype)
-    if saved[1] is None:
+    total, dscale = _totals(both, activation, small, *fence(*whole, slope)[:-1])
+    h, _, inverse, scale = inputs(total, dscale)
+    dx = (h * inverse * scale).astype(x.dtype)
+    dscale, dbias = _sum_to(dscale, saved[3]), _sum_to(total, bias)
+    if mean is None:
         return dx, None, slope, dscale, dbias
     h, _, inverse, scale = inputs(dbias, slope)
     return dx, -total_over(h * scale, inverse) * saved[2], slope, dscale, dbias

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from normjax.core import checks, passes, running, spectra, sync
 from normjax.core.activation import activate
-from normjax.core.linear import sum_p
+from normjax.core.linear import sums_p
 from normjax.core.structs import (
     AffineParams,
     Axes,
@@ -33,7 +33,9 @@ LARGEST_PRODUCT = 64  # the longest axis for which "auto" multiplies by a matrix
 def _saves(primitive, *_, **how):
     """Whether to keep what `primitive` makes for the backward pass: sums, and what has a name."""
     named = primitive.name == "name" and how["name"] in ("moments", "rounded")
-    return named or primitive is sum_p or primitive.name in ("reduce_sum", "psum", "psum_invariant")
+    return (
+        named or primitive is sums_p or primitive.name in ("reduce_sum", "psum", "psum_invariant")
+    )
 
 
 class SpectralRunning(NamedTuple):
