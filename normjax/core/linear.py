@@ -179,44 +179,62 @@ sums_p.multiple_results = True
 def sum_of(fun: Callable, axes: tuple[int, ...], *arrays: jax.Array) -> jax.Array:
     """The sum over `axes`, kept as size one, of a pointwise function of arrays of one rank.
 
-    `fun` closes over static values only. On CPU positions between samples and channels are summed
-    in tiles where XLA would be slow; other platforms sum them as they are.
+    `fun` closes over static values only and returns an array of at least float32. On CPU positions
+    between samples and channels are summed in tiles where XLA would be slow; other platforms, and
+    programs that XLA divides among devices, sum them as they are.
     """
     return sums_of(lambda *arrays: (fun(*arrays),), axes, *arrays)[0]
 
 
 def sums_of(fun: Callable, axes: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
-    """As `sum_of`, of each of the arrays of one shape that `fun` returns.
+    """As `sum_of`, of each of the arrays that `fun` returns, which are of one dtype.
 
-    On CPU they are made in one pass, where XLA would make one for each.
+    On CPU, where XLA makes a pass for each sum, they are made in one if the shape allows it.
     """
     if not axes:
-        return list(fun(*arrays))
+        return _values(fun, arrays)
     return sums_p.bind(*align(*arrays), fun=fun, axes=tuple(sorted(axes)))
 
 
-def _sums(*arrays, fun, axes):
-    return [jnp.sum(a, axes, keepdims=True) for a in fun(*arrays)]
-
-
-def _sums_on_cpu(*arrays, fun, axes):
+def _values(fun, arrays):
     shape = jnp.broadcast_shapes(*(a.shape for a in arrays))
-    here = all(spec(a)[i] is None for a in arrays for i in axes)
+    return [jnp.broadcast_to(a, shape) for a in fun(*arrays)]
+
+
+def _sums(*arrays, fun, axes):
+    return [jnp.sum(a, axes, keepdims=True) for a in _values(fun, arrays)]
+
+
+def _lower_for_cpu(context, *arrays, **how):
+    alone = _alone(context.module_context.axis_context)
+    rule = _sums_of_one_device if alone else functools.partial(_one_by_one, _sums)
+    return mlir.lower_fun(rule, multiple_results=True)(context, *arrays, **how)
+
+
+def _alone(context):
+    """Whether a program is for one device, or shard_map's for each: nobody divides its arrays."""
+    manual = getattr(context, "manual_axes", ())
+    return manual.issuperset(context.mesh.axis_names) if manual else context.num_devices == 1
+
+
+def _sums_of_one_device(*arrays, fun, axes):
+    shape = jnp.broadcast_shapes(*(a.shape for a in arrays))
+    whole = all(spec(a)[i] is None for a in arrays for i in axes)  # even meshes of one forbid views
     several = len(jax.eval_shape(fun, *arrays)) > 1
-    if here and several and (terms := _terms(shape, axes)):
-        return _at_once(arrays, *terms, fun, axes)
-    tiles = _tiles(shape, axes) if here and len(arrays) > 1 else 0
-    how = functools.partial(_in_tiles, shape=shape, tiles=tiles)
-    return _one_by_one(how if tiles else _sums, arrays, fun, axes)
+    if whole and several and (terms := _terms(shape, axes)):
+        return _at_once(*arrays, axis=terms[0], terms=terms[1], fun=fun, axes=axes)
+    tiles = _tiles(shape, axes) if whole and len(arrays) > 1 else 0
+    how = functools.partial(_in_tiles, shape=shape, tiles=tiles) if tiles else _sums
+    return _one_by_one(how, *arrays, fun=fun, axes=axes)
 
 
-def _one_by_one(sums, arrays, fun, axes):
-    """A pass over the arrays for each sum; several in a row, so that XLA does not share parts."""
+def _one_by_one(how, *arrays, fun, axes):
+    """A pass for each sum, by `how`; one after the other, or XLA would write out common parts."""
     totals = []
     for i in range(len(jax.eval_shape(fun, *arrays))):
         if i:
             *arrays, totals[-1] = lax.optimization_barrier((*arrays, totals[-1]))
-        totals += sums(*arrays, fun=lambda *a, i=i: fun(*a)[i : i + 1], axes=axes)
+        totals += how(*arrays, fun=lambda *a, i=i: fun(*a)[i : i + 1], axes=axes)
     return totals
 
 
@@ -230,12 +248,12 @@ def _in_tiles(*arrays, fun, axes, shape, tiles):
         a = jnp.broadcast_to(a, (*a.shape[:first], *shape[first:last], *a.shape[last:]))
         return a.reshape(*a.shape[:first], tiles, -1, *a.shape[last:])
 
-    (parts,) = fun(*lax.optimization_barrier([view(a) for a in arrays]))
+    (parts,) = _values(fun, lax.optimization_barrier([view(a) for a in arrays]))
     total = jnp.sum(lax.optimization_barrier(jnp.sum(parts, first + 1)), first)
     return [jnp.expand_dims(total, axes)]
 
 
-def _at_once(arrays, axis, terms, fun, axes):
+def _at_once(*arrays, axis, terms, fun, axes):
     """All sums: first over every `terms` neighbours on `axis`."""
 
     def view(a):
@@ -243,8 +261,7 @@ def _at_once(arrays, axis, terms, fun, axes):
         split = (1, 1) if size == 1 else (size // terms, terms)
         return a.reshape(*a.shape[:axis], *split, *a.shape[axis + 1 :])
 
-    values = fun(*lax.optimization_barrier([view(a) for a in arrays]))
-    values = tuple(jnp.broadcast_arrays(*values))
+    values = tuple(_values(fun, lax.optimization_barrier([view(a) for a in arrays])))
     zeros = tuple(np.zeros((), a.dtype) for a in values)
     add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))
     parts = lax.optimization_barrier(lax.reduce(values, zeros, add, (axis + 1,)))
@@ -302,6 +319,6 @@ sums_p.def_abstract_eval(
     lambda *avals, **how: jax.make_jaxpr(functools.partial(_sums, **how))(*avals).out_avals
 )
 mlir.register_lowering(sums_p, mlir.lower_fun(_sums, multiple_results=True))
-mlir.register_lowering(sums_p, mlir.lower_fun(_sums_on_cpu, multiple_results=True), platform="cpu")
+mlir.register_lowering(sums_p, _lower_for_cpu, platform="cpu")
 ad.primitive_jvps[sums_p] = _sums_jvp
 batching.primitive_batchers[sums_p] = _sums_batch

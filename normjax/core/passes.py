@@ -189,12 +189,12 @@ def _fence_tree(*tree):
 
 def _sum_to(a, small):
     """Sum over the axes that `small` lacks."""
-    lacking = _lacking(small, a.shape)
+    lacking = _lacking(small.shape, a.shape)
     return jnp.sum(a, lacking, keepdims=True) if lacking else a
 
 
 def _lacking(small, shape):
-    return tuple(i for i, n in enumerate(small.shape) if n != shape[i])
+    return tuple(i for i, n in enumerate(small) if n != shape[i])
 
 
 def total_over(a: jax.Array, small: jax.Array) -> jax.Array:
@@ -227,23 +227,23 @@ def _affine_transpose(activation, saved, g):
     def both(h, x, mean, gain, bias, zeros):
         """Cotangent before the activation, alone and times the centred input."""
         centred = widen(x) - mean
-        h = activation_cotangent(activation, centred * gain + bias, widen(h), zeros)
+        h = activation_cotangent(activation, centred * gain + bias, h.astype(gain.dtype), zeros)
         return h, h * centred
 
     whole = (g, *saved, zero)
-    total, slope = _totals(both, activation, zero, *whole)
+    total, slope = _totals(both, activation, _lacking(zero.shape, g.shape), *whole)
     *whole, _ = fence(*whole, slope)
     dx = (both(*whole)[0] * whole[3]).astype(x.dtype)
     return dx, *map(_sum_to, (-total * small[1], slope, total), small)
 
 
-def _totals(both, activation, small, *arrays):
-    """Sums of the two arrays that `both` gives over the axes that `small` lacks."""
+def _totals(both, activation, axes, *arrays):
+    """Sums of the two arrays that `both` gives over `axes`; fenced as in `total_over`."""
     if activation in (None, jax.nn.relu):
-        lacking = _lacking(small, arrays[0].shape)
-        return fence(*sums_of(both, lacking, *fence(*arrays)))
-    first = total_over(both(*fence(*arrays))[0], small)  # the activation may mix positions
-    return first, total_over(both(*fence(*arrays, first)[:-1])[1], small)
+        return fence(*sums_of(both, axes, *fence(*arrays)))
+    one_of = lambda i, arrays: fence(jnp.sum(both(*arrays)[i], axes, keepdims=True))[0]
+    first = one_of(0, fence(*arrays))  # the activation may mix positions
+    return first, one_of(1, fence(*arrays, first)[:-1])
 
 
 @_affine.defjvp
@@ -277,29 +277,30 @@ def _rows_transpose(activation, saved, g):
     x, mean, inverse, scale, bias = saved
     whole = (g, x, inverse, scale, bias, jnp.zeros_like(inverse))
     whole = whole if mean is None else (*whole, mean)
-    small = jnp.zeros(jnp.broadcast_shapes(scale.shape, bias.shape), scale.dtype)
+    small = jnp.broadcast_shapes(scale.shape, bias.shape)
 
     def before(h, x, inverse, scale, bias, zero, mean=None):
-        """Cotangent before the activation, and the centred input."""
+        """As in `_affine_transpose`, with inverse and scale in place of the gain."""
         centred = _centre(x, mean)
-        h = activation_cotangent(activation, centred * inverse * scale + bias, widen(h), zero)
-        return h, centred
+        z = centred * inverse * scale + bias
+        return activation_cotangent(activation, z, h.astype(scale.dtype), zero), centred
 
     def both(*arrays):
         h, centred = before(*arrays)
         return h, h * (centred * arrays[2])
 
     def inputs(*after):
-        """Cotangent, centred input, inverse and scale in a pass of its own."""
+        """For a pass after `after`'s."""
         arrays = fence(*whole, *after)[: len(whole)]
         return *before(*arrays), *arrays[2:4]
 
     h, centred, inverse, scale = inputs()
     slope = total_over(h * scale * centred, inverse)
-    total, dscale = _totals(both, activation, small, *fence(*whole, slope)[:-1])
-    h, _, inverse, scale = inputs(total, dscale)
+    *arrays, _ = fence(*whole, slope)
+    total, dscale = _totals(both, activation, _lacking(small, g.shape), *arrays)
+    h, _, inverse, scale = inputs(dscale)
     dx = (h * inverse * scale).astype(x.dtype)
-    dscale, dbias = _sum_to(dscale, saved[3]), _sum_to(total, bias)
+    dscale, dbias = _sum_to(dscale, saved[3]), _sum_to(total, saved[4])
     if mean is None:
         return dx, None, slope, dscale, dbias
     h, _, inverse, scale = inputs(dbias, slope)
