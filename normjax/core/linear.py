@@ -168,7 +168,7 @@ TILE = 1 << 14  # positions times lanes
 LANES = 128  # at most so many channels count
 # Several sums in one pass go over so few terms first that XLA on CPU unrolls them; many would take
 # up to ten times as long. Terms that lie so many numbers apart are read side by side; nearer ones
-# will do where lanes are enough (timed on x86, in 32 and 16 bits).
+# will do where they lie in rows of so many (timed on x86, in 32 and 16 bits).
 TERMS = (8, 7, 6, 5, 4)
 APART, NEAR = 1 << 10, 1 << 4
 
@@ -254,27 +254,26 @@ def _in_tiles(*arrays, fun, axes, shape, tiles):
 
 
 def _at_once(*arrays, axis, terms, fun, axes):
-    """All sums: first over every `terms` neighbours on `axis`."""
+    """All sums: first over `terms` equal parts of `axis`."""
 
     def view(a):
         size = a.shape[axis]
-        split = (1, 1) if size == 1 else (size // terms, terms)
+        split = (1, 1) if size == 1 else (terms, size // terms)
         return a.reshape(*a.shape[:axis], *split, *a.shape[axis + 1 :])
 
     values = tuple(_values(fun, lax.optimization_barrier([view(a) for a in arrays])))
     zeros = tuple(np.zeros((), a.dtype) for a in values)
     add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))
-    parts = lax.optimization_barrier(lax.reduce(values, zeros, add, (axis + 1,)))
+    parts = lax.optimization_barrier(lax.reduce(values, zeros, add, (axis,)))
     return [jnp.sum(a, axes, keepdims=True) for a in parts]
 
 
 def _terms(shape, axes):
-    """The axis whose neighbours are summed first, and how many of them; None: there is none."""
+    """The axis whose parts are summed first, and how many of them; None: there is none."""
     found = None
     for axis in reversed(axes):
-        apart = math.prod(shape[axis + 1 :])
         terms = next((k for k in TERMS if shape[axis] % k == 0), None)
-        if terms and apart >= NEAR:
+        if terms and (apart := math.prod(shape[axis:]) // terms) >= NEAR:
             found = axis, terms
             if apart >= APART:
                 break

@@ -237,13 +237,15 @@ def _affine_transpose(activation, saved, g):
     return dx, *map(_sum_to, (-total * small[1], slope, total), small)
 
 
-def _totals(both, activation, axes, *arrays):
-    """Sums of the two arrays that `both` gives over `axes`; fenced as in `total_over`."""
+def _totals(values, activation, axes, *arrays):
+    """Sums over `axes` of each array that `values` gives; fenced as in `total_over`."""
     if activation in (None, jax.nn.relu):
-        return fence(*sums_of(both, axes, *fence(*arrays)))
-    one_of = lambda i, arrays: fence(jnp.sum(both(*arrays)[i], axes, keepdims=True))[0]
-    first = one_of(0, fence(*arrays))  # the activation may mix positions
-    return first, one_of(1, fence(*arrays, first)[:-1])
+        return fence(*sums_of(values, axes, *fence(*arrays)))
+    totals = []  # the activation may mix positions
+    for i in range(len(jax.eval_shape(values, *arrays))):
+        value = values(*fence(*arrays, *totals)[: len(arrays)])[i]
+        totals += fence(jnp.sum(value, axes, keepdims=True))
+    return totals
 
 
 @_affine.defjvp
@@ -285,26 +287,23 @@ def _rows_transpose(activation, saved, g):
         z = centred * inverse * scale + bias
         return activation_cotangent(activation, z, h.astype(scale.dtype), zero), centred
 
-    def both(*arrays):
+    def along(*arrays):
+        h, centred = before(*arrays)
+        h = h * arrays[3]
+        return (h * centred,) if mean is None else (h * centred, h)
+
+    def across(*arrays):
         h, centred = before(*arrays)
         return h, h * (centred * arrays[2])
 
-    def inputs(*after):
-        """For a pass after `after`'s."""
-        arrays = fence(*whole, *after)[: len(whole)]
-        return *before(*arrays), *arrays[2:4]
-
-    h, centred, inverse, scale = inputs()
-    slope = total_over(h * scale * centred, inverse)
-    *arrays, _ = fence(*whole, slope)
-    total, dscale = _totals(both, activation, _lacking(small, g.shape), *arrays)
-    h, _, inverse, scale = inputs(dscale)
+    slope, *total = _totals(along, activation, _lacking(inverse.shape, g.shape), *whole)
+    arrays = fence(*whole, slope)[: len(whole)]
+    dbias, dscale = _totals(across, activation, _lacking(small, g.shape), *arrays)
+    arrays = fence(*whole, dscale)[: len(whole)]
+    h, inverse, scale = before(*arrays)[0], *arrays[2:4]
     dx = (h * inverse * scale).astype(x.dtype)
-    dscale, dbias = _sum_to(dscale, saved[3]), _sum_to(total, saved[4])
-    if mean is None:
-        return dx, None, slope, dscale, dbias
-    h, _, inverse, scale = inputs(dbias, slope)
-    return dx, -total_over(h * scale, inverse) * saved[2], slope, dscale, dbias
+    dmean = -total[0] * saved[2] if total else None
+    return dx, dmean, slope, _sum_to(dscale, saved[3]), _sum_to(dbias, bias)
 
 
 @_rows.defjvp
