@@ -6,6 +6,7 @@ differentiates and batches as the plain function, and transposes by the given on
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -222,7 +223,7 @@ def _sums_of_one_device(*arrays, fun, axes):
     whole = all(spec(a)[i] is None for a in arrays for i in axes)  # even meshes of one forbid views
     several = len(jax.eval_shape(fun, *arrays)) > 1
     if whole and several and (terms := _terms(shape, axes)):
-        return _at_once(*arrays, axis=terms[0], terms=terms[1], fun=fun, axes=axes)
+        return _at_once(*arrays, fun=fun, axes=axes, shape=shape, **terms)
     tiles = _tiles(shape, axes) if whole and len(arrays) > 1 else 0
     how = functools.partial(_in_tiles, shape=shape, tiles=tiles) if tiles else _sums
     return _one_by_one(how, *arrays, fun=fun, axes=axes)
@@ -240,41 +241,52 @@ def _one_by_one(how, *arrays, fun, axes):
 
 def _in_tiles(*arrays, fun, axes, shape, tiles):
     first, last = axes[0], axes[-1] + 1
-
-    def view(a):
-        inner = a.shape[first:last]
-        if math.prod(inner) == 1:
-            return a.reshape(*a.shape[:first], 1, 1, *a.shape[last:])
-        a = jnp.broadcast_to(a, (*a.shape[:first], *shape[first:last], *a.shape[last:]))
-        return a.reshape(*a.shape[:first], tiles, -1, *a.shape[last:])
-
-    (parts,) = _values(fun, lax.optimization_barrier([view(a) for a in arrays]))
+    cuts = (*range(first + 1), *range(last, len(shape) + 1))
+    arrays = [_split(_merge(a, shape, cuts), first, tiles) for a in arrays]
+    (parts,) = _values(fun, lax.optimization_barrier(arrays))
     total = jnp.sum(lax.optimization_barrier(jnp.sum(parts, first + 1)), first)
     return [jnp.expand_dims(total, axes)]
 
 
-def _at_once(*arrays, axis, terms, fun, axes):
-    """All sums: first over `terms` equal parts of `axis`."""
-
-    def view(a):
-        size = a.shape[axis]
-        split = (1, 1) if size == 1 else (terms, size // terms)
-        return a.reshape(*a.shape[:axis], *split, *a.shape[axis + 1 :])
-
-    values = tuple(_values(fun, lax.optimization_barrier([view(a) for a in arrays])))
+def _at_once(*arrays, fun, axes, shape, start, stop, terms):
+    """All sums: first over `terms` equal parts of the positions on axes from `start` to `stop`."""
+    cuts = (0, start, *range(stop, len(shape) + 1))
+    arrays = [_split(_merge(a, shape, cuts), 1, terms) for a in arrays]
+    values = tuple(_values(fun, lax.optimization_barrier(arrays)))
     zeros = tuple(np.zeros((), a.dtype) for a in values)
     add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))
-    parts = lax.optimization_barrier(lax.reduce(values, zeros, add, (axis,)))
+    parts = lax.optimization_barrier(lax.reduce(values, zeros, add, (1,)))
+    each = math.prod(shape[start:stop]) // terms, *(1,) * (stop - start - 1)
+    parts = (a.reshape(*shape[:start], *each, *shape[stop:]) for a in parts)
     return [jnp.sum(a, axes, keepdims=True) for a in parts]
 
 
+def _merge(a, shape, cuts):
+    """`a` with all axes between two cuts made one, of size one or as in `shape`."""
+    sizes, merged = list(a.shape), []
+    for i, j in itertools.pairwise(cuts):
+        whole = math.prod(sizes[i:j]) != 1
+        sizes[i:j] = shape[i:j] if whole else sizes[i:j]
+        merged.append(math.prod(sizes[i:j]))
+    return jnp.broadcast_to(a, sizes).reshape(merged)
+
+
+def _split(a, axis, number):
+    """`a` with `axis` as so many equal parts, in order."""
+    size = a.shape[axis]
+    parts = (1, 1) if size == 1 else (number, size // number)
+    return a.reshape(*a.shape[:axis], *parts, *a.shape[axis + 1 :])
+
+
 def _terms(shape, axes):
-    """The axis whose parts are summed first, and how many of them; None: there is none."""
+    """Positions on which axes are summed in parts first, and in how many; None: on none."""
     found = None
-    for axis in reversed(axes):
-        terms = next((k for k in TERMS if shape[axis] % k == 0), None)
-        if terms and (apart := math.prod(shape[axis:]) // terms) >= NEAR:
-            found = axis, terms
+    for start in reversed(axes):
+        stop = next(i for i in range(start, len(shape) + 1) if i not in axes)
+        positions, row = math.prod(shape[start:stop]), math.prod(shape[stop:])
+        terms = next((k for k in TERMS if positions % k == 0), None)
+        if terms and (apart := positions // terms * row) >= NEAR:
+            found = dict(start=start, stop=stop, terms=terms)
             if apart >= APART:
                 break
     return found
