@@ -287,49 +287,48 @@ def _masks(subject: Subject) -> None:
         weight = subject.inputs(jnp.float64, seed=4)
         spoilt = jnp.where(mask, x, jnp.nan)
 
-        def loss(params, x, mask):
+        def loss(params, x, mask, weight):
             y, new = subject.apply(params, state, x, mask)
             y = y if mask is None else jnp.where(mask, y, 0)
             return jnp.sum(y * weight), (y, new)
 
-        gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)
-        clean = gradients(params, x, mask)
-        chex.assert_trees_all_close(gradients(params, spoilt, mask), clean, **EXACT)
+        gradients = _jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        clean = gradients(params, x, mask, weight)
+        chex.assert_trees_all_close(gradients(params, spoilt, mask, weight), clean, **EXACT)
         chex.assert_tree_all_finite(clean)
         outside = jnp.where(mask, 0, clean[1][1])
         chex.assert_trees_all_equal(outside, jnp.zeros_like(outside))
 
         if subject.drops_rows:
             rows = np.flatnonzero(np.asarray(mask))
-            weight = weight[rows]
-            (_, (y, new)), (dparams, dx) = gradients(params, x[rows], None)
+            few = gradients(params, x[rows], None, weight[rows])
+            (_, (y, new)), (dparams, dx) = few
             chex.assert_trees_all_close(clean[0][1][0][rows], y, **EXACT)
             chex.assert_trees_all_close((clean[0][1][1], clean[1][0]), (new, dparams), **EXACT)
             chex.assert_trees_all_close(clean[1][1][rows], dx, **EXACT)
-            weight = subject.inputs(jnp.float64, seed=4)
 
         scattered = subject.shape if subject.masks_positions else mask.shape
         everywhere = jax.random.bernoulli(jax.random.key(6), 0.6, scattered)
-        chex.assert_tree_all_finite(
-            gradients(params, jnp.where(everywhere, x, jnp.nan), everywhere)
-        )
-        whole = gradients(params, x, jnp.ones_like(mask))
-        chex.assert_trees_all_close(whole, gradients(params, x, None), **EXACT)
+        holes = jnp.where(everywhere, x, jnp.nan)
+        chex.assert_tree_all_finite(gradients(params, holes, everywhere, weight))
+        whole = gradients(params, x, jnp.ones_like(mask), weight)
+        chex.assert_trees_all_close(whole, gradients(params, x, None, weight), **EXACT)
 
         y, new = subject.apply(params, state, spoilt, jnp.zeros_like(mask))
         chex.assert_tree_all_finite(y)
         chex.assert_trees_all_close(new, state, **EXACT)
-        nothing = jax.grad(lambda x: jnp.sum(subject.apply(params, state, x, mask & False)[0]))(x)
-        chex.assert_trees_all_equal(nothing, jnp.zeros_like(x))
+        nothing = _jit(jax.grad(lambda x, no: jnp.sum(subject.apply(params, state, x, no)[0])))
+        chex.assert_trees_all_equal(nothing(x, mask & False), jnp.zeros_like(x))
 
 
 def _numbers(subject: Subject) -> None:
     """Half precision rounds once, offsets are harmless, constants have finite derivatives."""
     params, state = subject.variables()
+    run, exactly = jax.jit(subject.apply), _in_float64(subject)
     for dtype in (jnp.bfloat16, jnp.float16):
         x = subject.inputs(dtype)
-        y, _ = jax.jit(subject.apply)(params, state, x)
-        exact = _in_float64(subject, params, state, x)
+        y, _ = run(params, state, x)
+        exact = exactly(params, state, x)
         rounded = exact.astype(y.dtype).astype(np.float64)
         rounding = np.sqrt(np.mean(np.square(rounded - exact)) * subject.roundings)
         error = np.sqrt(np.mean(np.square(np.asarray(y, np.float64) - exact)))
@@ -338,8 +337,8 @@ def _numbers(subject: Subject) -> None:
 
     for offset in (0.0, 1e2, 1e4):
         x = subject.inputs() + offset
-        y, _ = jax.jit(subject.apply)(params, state, x)
-        exact = _in_float64(subject, params, state, x)
+        y, _ = run(params, state, x)
+        exact = exactly(params, state, x)
         error = np.max(np.abs(np.asarray(y, np.float64) - exact)) / max(np.max(np.abs(exact)), 1)
         limit = 2e-6 + 2e-7 * offset
         assert error <= limit, f"offset {offset:g}: relative error {error:.3g} > {limit:.3g}"
@@ -347,17 +346,21 @@ def _numbers(subject: Subject) -> None:
     def loss(x):
         return jnp.sum(subject.apply(params, state, x)[0] ** 2)
 
+    derivatives = _jit(lambda x, dx: jax.jvp(jax.grad(loss), (x,), (dx,)))
     for x in (jnp.zeros(subject.shape), jnp.full(subject.shape, 3.0)):
-        gradient, second = jax.jvp(jax.grad(loss), (x,), (subject.inputs(),))
-        chex.assert_tree_all_finite((gradient, second))
+        chex.assert_tree_all_finite(derivatives(x, subject.inputs()))
 
 
-def _in_float64(subject, params, state, x):
-    with jax.enable_x64(True):
-        params, state, x = jax.tree.map(
-            lambda a: jnp.asarray(np.asarray(a, np.float64)), (params, state, x)
-        )
-        return np.asarray(subject.apply(params, state, x)[0])
+def _in_float64(subject):
+    """The output as a function of variables and input, computed in float64."""
+    run = _jit(lambda *args: subject.apply(*args)[0])
+
+    def exactly(*args):
+        with jax.enable_x64(True):
+            args = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), args)
+            return np.asarray(run(*args))
+
+    return exactly
 
 
 def _jit(function):

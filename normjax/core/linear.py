@@ -279,7 +279,7 @@ def _split(a, axis, number):
 
 
 def _terms(shape, axes):
-    """Positions on which axes are summed in parts first, and in how many; None: on none."""
+    """Which axes hold the positions that are summed in parts first, and in how many; or None."""
     found = None
     for start in reversed(axes):
         stop = next(i for i in range(start, len(shape) + 1) if i not in axes)

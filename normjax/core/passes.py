@@ -300,10 +300,9 @@ def _rows_transpose(activation, saved, g):
     arrays = fence(*whole, slope)[: len(whole)]
     dbias, dscale = _totals(across, activation, _lacking(small, g.shape), *arrays)
     arrays = fence(*whole, dscale)[: len(whole)]
-    h, inverse, scale = before(*arrays)[0], *arrays[2:4]
-    dx = (h * inverse * scale).astype(x.dtype)
-    dmean = -total[0] * saved[2] if total else None
-    return dx, dmean, slope, _sum_to(dscale, saved[3]), _sum_to(dbias, bias)
+    dx = (before(*arrays)[0] * arrays[2] * arrays[3]).astype(x.dtype)
+    dmean = -total[0] * inverse if total else None
+    return dx, dmean, slope, _sum_to(dscale, scale), _sum_to(dbias, bias)
 
 
 @_rows.defjvp
