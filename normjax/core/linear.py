@@ -230,11 +230,10 @@ def _sums_of_one_device(*arrays, fun, axes):
 
 
 def _one_by_one(how, *arrays, fun, axes):
-    """A pass for each sum, by `how`; one after the other, or XLA would write out common parts."""
+    """A pass for each sum, by `how`; behind barriers, or XLA would write out what they share."""
     totals = []
     for i in range(len(jax.eval_shape(fun, *arrays))):
-        if i:
-            *arrays, totals[-1] = lax.optimization_barrier((*arrays, totals[-1]))
+        arrays = lax.optimization_barrier(arrays) if i else arrays
         totals += how(*arrays, fun=lambda *a, i=i: fun(*a)[i : i + 1], axes=axes)
     return totals
 
