@@ -168,10 +168,11 @@ SLOW_SUMS = range((1 << 15) + 1, (1 << 18) + 1)
 TILE = 1 << 14  # positions times lanes
 LANES = 128  # at most so many channels count
 # Several sums in one pass go over so few terms first that XLA on CPU unrolls them; many would take
-# up to ten times as long. Terms that lie so many numbers apart are read side by side; nearer ones
-# will do where they lie in rows of so many (timed on x86, in 32 and 16 bits).
+# up to ten times as long. Terms that lie APART numbers from one another or more are read side by
+# side; where no axis has such, they may be as near as NEAR (timed on x86, in 32 and 16 bits).
 TERMS = (8, 7, 6, 5, 4)
 APART, NEAR = 1 << 10, 1 << 4
+COPY = 1 / 64  # of the largest array, at most, for a small one that is broadcast on the way
 
 sums_p = Primitive("normjax_sums")
 sums_p.multiple_results = True
@@ -184,11 +185,11 @@ def sum_of(fun: Callable, axes: tuple[int, ...], *arrays: jax.Array) -> jax.Arra
     between samples and channels are summed in tiles where XLA would be slow; other platforms, and
     programs that XLA divides among devices, sum them as they are.
     """
-    return sums_of(lambda *arrays: (fun(*arrays),), axes, *arrays)[0]
+    return sums_of(fun, axes, *arrays)[0]
 
 
 def sums_of(fun: Callable, axes: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
-    """As `sum_of`, of each of the arrays that `fun` returns, which are of one dtype.
+    """As `sum_of`, of each array of the tuple that `fun` returns, which are of one dtype.
 
     On CPU, where XLA makes a pass for each sum, they are made in one if the shape allows it.
     """
@@ -199,7 +200,9 @@ def sums_of(fun: Callable, axes: tuple[int, ...], *arrays: jax.Array) -> list[ja
 
 def _values(fun, arrays):
     shape = jnp.broadcast_shapes(*(a.shape for a in arrays))
-    return [jnp.broadcast_to(a, shape) for a in fun(*arrays)]
+    values = fun(*arrays)
+    values = values if isinstance(values, tuple) else (values,)
+    return [jnp.broadcast_to(a, shape) for a in values]
 
 
 def _sums(*arrays, fun, axes):
@@ -220,11 +223,13 @@ def _alone(context):
 
 def _sums_of_one_device(*arrays, fun, axes):
     shape = jnp.broadcast_shapes(*(a.shape for a in arrays))
-    whole = all(spec(a)[i] is None for a in arrays for i in axes)  # even meshes of one forbid views
-    several = len(jax.eval_shape(fun, *arrays)) > 1
-    if whole and several and (terms := _terms(shape, axes)):
+    sharded = any(part is not None for a in arrays for part in spec(a))  # over one: no views either
+    if sharded or not all(isinstance(n, int) for n in shape):
+        return _one_by_one(_sums, *arrays, fun=fun, axes=axes)
+    several = len(jax.eval_shape(functools.partial(_values, fun), arrays)) > 1
+    if several and (terms := _terms(arrays, shape, axes)):
         return _at_once(*arrays, fun=fun, axes=axes, shape=shape, **terms)
-    tiles = _tiles(shape, axes) if whole and len(arrays) > 1 else 0
+    tiles = _tiles(shape, axes) if len(arrays) > 1 else 0
     how = functools.partial(_in_tiles, shape=shape, tiles=tiles) if tiles else _sums
     return _one_by_one(how, *arrays, fun=fun, axes=axes)
 
@@ -232,9 +237,9 @@ def _sums_of_one_device(*arrays, fun, axes):
 def _one_by_one(how, *arrays, fun, axes):
     """A pass for each sum, by `how`; behind barriers, or XLA would write out what they share."""
     totals = []
-    for i in range(len(jax.eval_shape(fun, *arrays))):
+    for i in range(len(jax.eval_shape(functools.partial(_values, fun), arrays))):
         arrays = lax.optimization_barrier(arrays) if i else arrays
-        totals += how(*arrays, fun=lambda *a, i=i: fun(*a)[i : i + 1], axes=axes)
+        totals += how(*arrays, fun=lambda *a, i=i: _values(fun, a)[i], axes=axes)
     return totals
 
 
@@ -262,12 +267,15 @@ def _at_once(*arrays, fun, axes, shape, start, stop, terms):
 
 def _merge(a, shape, cuts):
     """`a` with all axes between two cuts made one, of size one or as in `shape`."""
-    sizes, merged = list(a.shape), []
-    for i, j in itertools.pairwise(cuts):
-        whole = math.prod(sizes[i:j]) != 1
-        sizes[i:j] = shape[i:j] if whole else sizes[i:j]
-        merged.append(math.prod(sizes[i:j]))
-    return jnp.broadcast_to(a, sizes).reshape(merged)
+    sizes = _merged(a.shape, shape, cuts)
+    ends = itertools.pairwise(cuts)
+    return jnp.broadcast_to(a, sizes).reshape([math.prod(sizes[i:j]) for i, j in ends])
+
+
+def _merged(sizes, shape, cuts):
+    """`sizes`, of which those between two cuts are all one or all as in `shape`."""
+    groups = ((sizes[i:j], shape[i:j]) for i, j in itertools.pairwise(cuts))
+    return [n for own, full in groups for n in (own if math.prod(own) == 1 else full)]
 
 
 def _split(a, axis, number):
@@ -277,14 +285,17 @@ def _split(a, axis, number):
     return a.reshape(*a.shape[:axis], *parts, *a.shape[axis + 1 :])
 
 
-def _terms(shape, axes):
+def _terms(arrays, shape, axes):
     """Which axes hold the positions that are summed in parts first, and in how many; or None."""
     found = None
     for start in reversed(axes):
         stop = next(i for i in range(start, len(shape) + 1) if i not in axes)
+        cuts = (0, start, *range(stop, len(shape) + 1))
+        sizes = ((a.size, math.prod(_merged(a.shape, shape, cuts))) for a in arrays)
+        cheap = all(new == old or new <= COPY * math.prod(shape) for old, new in sizes)
         positions, row = math.prod(shape[start:stop]), math.prod(shape[stop:])
         terms = next((k for k in TERMS if positions % k == 0), None)
-        if terms and (apart := positions // terms * row) >= NEAR:
+        if cheap and terms and (apart := positions // terms * row) >= NEAR:
             found = dict(start=start, stop=stop, terms=terms)
             if apart >= APART:
                 break

@@ -282,7 +282,7 @@ def _rows_transpose(activation, saved, g):
     small = jnp.broadcast_shapes(scale.shape, bias.shape)
 
     def before(h, x, inverse, scale, bias, zero, mean=None):
-        """As in `_affine_transpose`, with inverse and scale in place of the gain."""
+        """Cotangent before the activation, and the centred input."""
         centred = _centre(x, mean)
         z = centred * inverse * scale + bias
         return activation_cotangent(activation, z, h.astype(scale.dtype), zero), centred
