@@ -178,7 +178,9 @@ def test_several_sums_batch_where_one_does_not_see_the_mapped_array(axes):
     mapped = jnp.stack([x, 2 * x]) if axes[0] == 0 else jnp.stack([centre, -centre])
     given = (mapped, centre) if axes[0] == 0 else (x, mapped)
     for fun in (pair, lambda x, c: (c.astype(jnp.float32), product(x, c))):
-        ours, theirs = both_ways(AXES, lambda x, c, fun=fun: jnp.broadcast_arrays(*fun(x, c)))
+        ours, theirs = both_ways(
+            AXES, lambda x, c, fun=fun: tuple(jnp.broadcast_arrays(*fun(x, c)))
+        )
         bare = functools.partial(sums_of, fun, AXES)
         expected = jax.vmap(theirs, in_axes=axes)(*given)
         for f in (ours, bare, jax.jit(bare)):
