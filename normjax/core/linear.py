@@ -205,6 +205,10 @@ def _values(fun, arrays):
     return [jnp.broadcast_to(a, shape) for a in values]
 
 
+def _number(fun, arrays):
+    return len(jax.eval_shape(functools.partial(_values, fun), arrays))
+
+
 def _sums(*arrays, fun, axes):
     return [jnp.sum(a, axes, keepdims=True) for a in _values(fun, arrays)]
 
@@ -226,8 +230,7 @@ def _sums_of_one_device(*arrays, fun, axes):
     sharded = any(part is not None for a in arrays for part in spec(a))  # over one: no views either
     if sharded or not all(isinstance(n, int) for n in shape):
         return _one_by_one(_sums, *arrays, fun=fun, axes=axes)
-    several = len(jax.eval_shape(functools.partial(_values, fun), arrays)) > 1
-    if several and (terms := _terms(arrays, shape, axes)):
+    if _number(fun, arrays) > 1 and (terms := _terms(arrays, shape, axes)):
         return _at_once(*arrays, fun=fun, axes=axes, shape=shape, **terms)
     tiles = _tiles(shape, axes) if len(arrays) > 1 else 0
     how = functools.partial(_in_tiles, shape=shape, tiles=tiles) if tiles else _sums
@@ -237,7 +240,7 @@ def _sums_of_one_device(*arrays, fun, axes):
 def _one_by_one(how, *arrays, fun, axes):
     """A pass for each sum, by `how`; behind barriers, or XLA would write out what they share."""
     totals = []
-    for i in range(len(jax.eval_shape(functools.partial(_values, fun), arrays))):
+    for i in range(_number(fun, arrays)):
         arrays = lax.optimization_barrier(arrays) if i else arrays
         totals += how(*arrays, fun=lambda *a, i=i: _values(fun, a)[i], axes=axes)
     return totals

@@ -187,19 +187,19 @@ def _fence_tree(*tree):
     return jax.tree.unflatten(structure, fence(*leaves))
 
 
-def _sum_to(a, small):
-    """Sum over the axes that `small` lacks."""
-    lacking = _lacking(small.shape, a.shape)
+def _sum_to(a, shape):
+    """Sum over the axes that `shape` lacks."""
+    lacking = _lacking(shape, a.shape)
     return jnp.sum(a, lacking, keepdims=True) if lacking else a
 
 
-def _lacking(small, shape):
-    return tuple(i for i, n in enumerate(small) if n != shape[i])
+def _lacking(shape, full):
+    return tuple(i for i, n in enumerate(shape) if n != full[i])
 
 
-def total_over(a: jax.Array, small: jax.Array) -> jax.Array:
-    """Sum over the axes that `small` lacks; fenced, or XLA would make a pass for a sum of sums."""
-    return fence(_sum_to(a, small))[0]
+def total_over(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sum over the axes that `shape` lacks; fenced, or XLA would make a pass for a sum of sums."""
+    return fence(_sum_to(a, shape))[0]
 
 
 def output_dtype(dtype: Any, x: jax.Array) -> Any:
@@ -231,20 +231,22 @@ def _affine_transpose(activation, saved, g):
         return h, h * centred
 
     whole = (g, *saved, zero)
-    total, slope = _totals(both, activation, _lacking(zero.shape, g.shape), *whole)
+    total, slope = _totals(both, activation, zero.shape, *whole)
     *whole, _ = fence(*whole, slope)
     dx = (both(*whole)[0] * whole[3]).astype(x.dtype)
-    return dx, *map(_sum_to, (-total * small[1], slope, total), small)
+    totals = -total * small[1], slope, total
+    return dx, *(_sum_to(a, b.shape) for a, b in zip(totals, small, strict=True))
 
 
-def _totals(values, activation, axes, *arrays):
-    """Sums over `axes` of each array that `values` gives; fenced as in `total_over`."""
+def _totals(values, activation, shape, *arrays):
+    """As `total_over`, of each array that `values` gives."""
     if activation in (None, jax.nn.relu):
-        return fence(*sums_of(values, axes, *fence(*arrays)))
+        lacking = _lacking(shape, arrays[0].shape)
+        return fence(*sums_of(values, lacking, *fence(*arrays)))
     totals = []  # the activation may mix positions
     for i in range(len(jax.eval_shape(values, *arrays))):
         value = values(*fence(*arrays, *totals)[: len(arrays)])[i]
-        totals += fence(jnp.sum(value, axes, keepdims=True))
+        totals.append(total_over(value, shape))
     return totals
 
 
@@ -296,13 +298,13 @@ def _rows_transpose(activation, saved, g):
         h, centred = before(*arrays)
         return h, h * (centred * arrays[2])
 
-    slope, *total = _totals(along, activation, _lacking(inverse.shape, g.shape), *whole)
+    slope, *total = _totals(along, activation, inverse.shape, *whole)
     arrays = fence(*whole, slope)[: len(whole)]
-    dbias, dscale = _totals(across, activation, _lacking(small, g.shape), *arrays)
+    dbias, dscale = _totals(across, activation, small, *arrays)
     arrays = fence(*whole, dscale)[: len(whole)]
     dx = (before(*arrays)[0] * arrays[2] * arrays[3]).astype(x.dtype)
     dmean = -total[0] * inverse if total else None
-    return dx, dmean, slope, _sum_to(dscale, scale), _sum_to(dbias, bias)
+    return dx, dmean, slope, _sum_to(dscale, scale.shape), _sum_to(dbias, bias.shape)
 
 
 @_rows.defjvp

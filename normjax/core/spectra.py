@@ -353,9 +353,9 @@ def _spatial_affine_transpose(activation, how, saved, g):
         return activation_cotangent(activation, z, h, zero), x, gain
 
     h, x, gain = inputs()
-    slope = total_over(h * x, gain)
+    slope = total_over(h * x, gain.shape)
     h, _, _ = inputs(slope, axes=patch.axes)
-    total = total_over(h, saved[2])
+    total = total_over(h, saved[2].shape)
     h, _, gain = inputs(total)
     return (h * gain).astype(saved[0].dtype), slope, total
 
