@@ -3,7 +3,8 @@
 Inside `with carry():` the Kalman norms of a model need neither a `prior` nor a look at their pair
 of outputs: what their layers return is followed by identity, array for array, through convolutions
 and dense layers. An array that anything else made is unknown, and a norm that meets one is a plain
-batch norm; `add` and `pointwise` make arrays that stay known.
+batch norm; `add` and `pointwise` make arrays that stay known. Identity ends where a transformation
+begins: a block under `nn.remat`, `nn.scan` or the like opens a `carry()` of its own.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.extend.core import get_opaque_trace_state
 
 from normjax import linen
 from normjax.core import checks, propagate
@@ -35,6 +37,7 @@ class Known:
 
     def __init__(self):
         self._entries: dict[int, tuple[Any, Moments]] = {}
+        self._calls: list[tuple[Any, bool]] = []  # of modules: the trace, whether moments go in
         self.priors: dict[str, Moments | None] = {}
 
     def get(self, x: Any) -> Moments | None:
@@ -60,14 +63,19 @@ def carry(**given: tuple[jax.Array, Moments]) -> Iterator[Known]:
     `nn.Dense` are followed (not those with a mask, nor a padding that has no moments), and so are
     `add` and `pointwise` of this module. Give norms their activation as a field: a `nn.relu` behind
     a norm makes an unknown array. Initialize, train and evaluate inside: outside, the output of a
-    Kalman norm is a pair. A model may open it in its own `__call__`; one inside of another is the
-    same. Under `jax.jit` the `with` belongs inside of the traced function.
+    Kalman norm is a pair. A model or a block may open it in its own `__call__`, with or without
+    `nn.remat`: there it starts anew. Under `jax.jit` the `with` belongs inside of the traced
+    function.
 
     Args:
       **given: pairs of an array that goes into the model and its moments, under any names.
 
     Yields:
       What is known; its `priors` has the prior (or None) of every Kalman norm by its path.
+
+    Raises:
+      ValueError: in a model that passes known moments, or calls a Kalman norm, inside of a
+        transformation (`nn.remat`, `nn.scan`, `nn.jit`, ...) that began inside of the model.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax.linen
@@ -87,15 +95,15 @@ def carry(**given: tuple[jax.Array, Moments]) -> Iterator[Known]:
       >>> known.priors["KalmanNorm_0"], known.priors["KalmanNorm_1"].mean.shape
       (None, (4,))
     """
-    known = _open[-1] if _open else Known()
+    known = Known()
+    if _open and not _is_cut(_open[-1]):
+        known.priors = _open[-1].priors
     for x, moments in given.values():
         known.put(x, moments)
-    if _open:
-        yield known
-        return
+    follow = contextlib.nullcontext() if _open else nn.intercept_methods(_follow)
     _open.append(known)
     try:
-        with nn.intercept_methods(_follow):
+        with follow:
             yield known
     finally:
         _open.pop()
@@ -132,24 +140,48 @@ def pointwise(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.A
     return y
 
 
+def _is_cut(known):
+    """Whether a transformation began inside of the outermost module that is being called."""
+    traces = [trace for trace, _ in known._calls]
+    return bool(traces) and traces[0] != get_opaque_trace_state(convention="flax")
+
+
 def _follow(call, args, kwargs, context):
     module, known = context.module, _open[-1]
     x = args[0] if args else None
     if context.method_name != "__call__" or x is None:
         return call(*args, **kwargs)
     method: Any = module._method() if isinstance(module, linen.Norm | linen.KalmanNorm) else None
-    if checks.returns_posterior(method):
-        prior = kwargs.pop("prior", known.get(x))
-        known.priors["/".join(module.path)] = prior
-        y, posterior = call(*args, **kwargs, prior=prior)
-        if method.posterior == "fused":  # from before the activation
-            posterior = propagate.activation(posterior, method.activation)
-        known.put(y, posterior)
-        return y
+    kalman = checks.returns_posterior(method)
+    layer = type(module) in (nn.Conv, nn.Dense)
+    fed = any(fed for _, fed in known._calls)
+    if _is_cut(known) and (kalman or (layer and fed)):
+        raise ValueError(
+            f"carry: {'/'.join(module.path)} runs inside of a transformation (nn.remat, nn.scan, "
+            "nn.jit, ...) that began inside of the model. Moments cannot pass its border, so the "
+            "result would differ from that without it: open `carry()` in the `__call__` of the "
+            "transformed block, or give priors by hand."
+        )
     moments = known.get(x)
-    y = call(*args, **kwargs)
-    if moments is not None and type(module) in (nn.Conv, nn.Dense):
+    known._calls.append((get_opaque_trace_state(convention="flax"), moments is not None))
+    try:
+        if kalman:
+            return _call_kalman(known, call, args, kwargs, module, method)
+        y = call(*args, **kwargs)
+    finally:
+        known._calls.pop()
+    if layer and moments is not None:
         known.put(y, _through(module, moments, x.shape))
+    return y
+
+
+def _call_kalman(known, call, args, kwargs, module, method):
+    prior = kwargs.pop("prior", known.get(args[0]))
+    known.priors["/".join(module.path)] = prior
+    y, posterior = call(*args, **kwargs, prior=prior)
+    if method.posterior == "fused":  # from before the activation
+        posterior = propagate.activation(posterior, method.activation)
+    known.put(y, posterior)
     return y
 
 

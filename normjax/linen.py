@@ -46,11 +46,11 @@ class _Front(nn.Module):
           that no mapped axis is needed, and the statistics stay at their initial values.
         """
         method = self._method()
-        train = False
+        evaluate = bool(use_running_average)
         if checks.depends_on_train(method):
             field = getattr(self, "use_running_average", None)
-            train = not nn.merge_param("use_running_average", field, use_running_average)
-        train = train and not self.is_initializing()
+            evaluate = nn.merge_param("use_running_average", field, use_running_average)
+        train = not evaluate and not self.is_initializing()
         features = _features(method, x)
 
         def initial(key, part, name):

@@ -17,7 +17,8 @@ from flax.nnx.nn import dtypes
 
 import normjax
 from normjax.core import checks
-from normjax.core.structs import from_dict, to_dict
+from normjax.core.structs import to_dict
+from normjax.core.tracing import alike
 
 NOTE = """
     As an NNX module (`normjax.nnx`) it takes `num_features` first, these fields,
@@ -68,9 +69,10 @@ class Norm(nnx.Module):
             ("model",)}}`.
         """
         checks.method("Norm", method)
-        self.method = method
+        self._configuration = _Configuration(method)
         self.num_features = num_features
-        self.use_running_average = use_running_average
+        if checks.depends_on_train(method):
+            self.use_running_average = use_running_average
         if checks.is_random(method):
             self.rngs = rngs["ghost"].fork()
         params, state = method.init(jax.random.key(0), num_features)
@@ -115,7 +117,9 @@ class Norm(nnx.Module):
                 f"{type(self).__name__}: use_running_average={use_running_average!r} is not "
                 "True or False; a mask is given by name."
             )
-        evaluate = self.use_running_average if use_running_average is None else use_running_average
+        evaluate = use_running_average
+        if evaluate is None:
+            evaluate = getattr(self, "use_running_average", False)
         if evaluate is None:
             raise ValueError(
                 f"{type(self).__name__}: use_running_average was given neither at construction "
@@ -123,8 +127,8 @@ class Norm(nnx.Module):
             )
         structure = self._structure
         params, state = jax.tree.unflatten(structure, range(structure.num_leaves))
-        params = from_dict(params, self._values(to_dict(params)))
-        state = from_dict(state, self._values(to_dict(state)))
+        params = self._values(params)
+        state = self._values(state)
         key = self.rngs() if not evaluate and checks.is_random(self.method) else None
         how = dict(train=not evaluate, mask=mask, key=key, **inputs)
         y, state = self.method.apply(params, state, x, **how)
@@ -142,32 +146,78 @@ class Norm(nnx.Module):
           use_running_average: evaluate with the running statistics; None leaves the attribute
             alone.
         """
-        if use_running_average is not None:
+        if use_running_average is not None and checks.depends_on_train(self.method):
             self.use_running_average = use_running_average
+
+    @property
+    def method(self) -> Any:
+        """The method, whose initializers are those that made the parameters."""
+        return vars(self)["_configuration"].method
 
     def __getattr__(self, name: str) -> Any:
         if name in _fields(self):
-            return getattr(vars(self)["method"], name)
+            return getattr(self.method, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _fields(self):
-            name, value = "method", dataclasses.replace(vars(self)["method"], **{name: value})
+            value = _Configuration(dataclasses.replace(self.method, **{name: value}))
+            name = "_configuration"
         super().__setattr__(name, value)
 
     def _variable(self, path):
-        value = getattr(self, path[0])
+        value = getattr(self, path[0], None)
         for name in path[1:]:
-            value = value[name]
+            value = None if value is None else value.get(name)
         return value
 
-    def _values(self, tree):
-        return _map(lambda path, _: self._variable(path)[...], tree)
+    def _values(self, tree, path=()):
+        """Parameters or state as the variables are now: optional ones may come and go."""
+        if not (isinstance(tree, dict) or hasattr(tree, "_fields")):
+            return tree  # no variables at all
+        fields = tree if isinstance(tree, dict) else tree._asdict()
+        values = {}
+        for name, spec in fields.items():
+            where = (*path, name)
+            part = isinstance(spec, dict | tuple)
+            values[name] = self._values(spec, where) if part else self._value(tree, where)
+        return values if isinstance(tree, dict) else type(tree)(**values)
+
+    def _value(self, tree, path):
+        variable, name = self._variable(path), path[-1]
+        if variable is not None:
+            return variable[...]
+        if name not in getattr(tree, "_field_defaults", ()):
+            raise AttributeError(
+                f"{type(self).__name__}: {'.'.join(path)} is gone, but {self.method!r} needs it."
+            )
+        return None
+
+
+class _Configuration:
+    """A method as static metadata of a module: equal if made alike.
+
+    Functions made alike, such as `nnx.initializers.constant(0.1)` twice, are different objects, and
+    so modules that hold them would differ, be traced again and not be stacked.
+    """
+
+    def __init__(self, method):
+        self.method = method
+
+    def __eq__(self, other):
+        return isinstance(other, _Configuration) and alike(self.method, other.method)
+
+    def __hash__(self):
+        return hash(type(self.method))
+
+    def __repr__(self):
+        return repr(self.method)
 
 
 def _fields(module):
     """Names of the fields of the module's method, which read and set as the module's own."""
-    fields = getattr(vars(module).get("method"), "__dataclass_fields__", {})
+    configuration = vars(module).get("_configuration")
+    fields = getattr(getattr(configuration, "method", None), "__dataclass_fields__", {})
     return fields.keys() - {"method"}
 
 

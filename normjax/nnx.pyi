@@ -100,6 +100,7 @@ class BatchNorm(Norm):
     running_average: Literal["exponential", "debiased", "cumulative"]
     unbiased_running_var: bool
     skip_nonfinite: bool
+    constant_statistics: bool
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -121,6 +122,7 @@ class BatchNorm(Norm):
         running_average: Literal["exponential", "debiased", "cumulative"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
         use_fast_variance: bool = ...,
@@ -143,6 +145,7 @@ class BatchRenorm(Norm):
     running_average: Literal["exponential", "debiased", "cumulative"]
     unbiased_running_var: bool
     skip_nonfinite: bool
+    constant_statistics: bool
     r_max: float | Callable[[Any], Any]
     d_max: float | Callable[[Any], Any]
     def __init__(
@@ -166,6 +169,7 @@ class BatchRenorm(Norm):
         running_average: Literal["exponential", "debiased", "cumulative"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
         r_max: float | Callable[[Any], Any] = ...,
         d_max: float | Callable[[Any], Any] = ...,
         scale_metadata: Mapping[str, Any] = ...,
@@ -228,6 +232,7 @@ class EvalNorm(Norm):
     running_average: Literal["exponential", "debiased", "cumulative"]
     unbiased_running_var: bool
     skip_nonfinite: bool
+    constant_statistics: bool
     ghost_batch_size: int | None
     own_weight: Literal["1/N", "1/N^2"]
     def __init__(
@@ -252,6 +257,7 @@ class EvalNorm(Norm):
         running_average: Literal["exponential", "debiased", "cumulative"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
         own_weight: Literal["1/N", "1/N^2"] = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
@@ -273,6 +279,7 @@ class ExclusiveBatchNorm(Norm):
     running_average: Literal["exponential", "debiased", "cumulative"]
     unbiased_running_var: bool
     skip_nonfinite: bool
+    constant_statistics: bool
     ghost_batch_size: int | None
     def __init__(
         self,
@@ -296,6 +303,7 @@ class ExclusiveBatchNorm(Norm):
         running_average: Literal["exponential", "debiased", "cumulative"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
@@ -331,6 +339,7 @@ class GhostBatchNorm(Norm):
     running_average: Literal["exponential", "debiased", "cumulative"]
     unbiased_running_var: bool
     skip_nonfinite: bool
+    constant_statistics: bool
     ghost_batch_size: int | None
     def __init__(
         self,
@@ -354,6 +363,7 @@ class GhostBatchNorm(Norm):
         running_average: Literal["exponential", "debiased", "cumulative"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
@@ -407,6 +417,7 @@ class GhostNoiseBatchNorm(Norm):
     running_average: Literal["exponential", "debiased", "cumulative"]
     unbiased_running_var: bool
     skip_nonfinite: bool
+    constant_statistics: bool
     ghost_batch_size: int | None
     noise_epsilon: float
     drawing: Literal["replacement", "partition", "shuffle", "consecutive"]
@@ -437,6 +448,7 @@ class GhostNoiseBatchNorm(Norm):
         running_average: Literal["exponential", "debiased", "cumulative"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
         noise_epsilon: float = ...,
         drawing: Literal["replacement", "partition", "shuffle", "consecutive"] = ...,
         noise: Literal["both", "shift", "scale"] = ...,
@@ -501,6 +513,7 @@ class InputNorm(Norm):
     running_average: Literal["exponential", "debiased", "cumulative"]
     unbiased_running_var: bool
     skip_nonfinite: bool
+    constant_statistics: bool
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -520,6 +533,7 @@ class InputNorm(Norm):
         running_average: Literal["exponential", "debiased", "cumulative"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
@@ -575,6 +589,7 @@ class KalmanNorm(Norm):
     running_average: Literal["exponential", "debiased", "cumulative"]
     unbiased_running_var: bool
     skip_nonfinite: bool
+    constant_statistics: bool
     gain: float | str
     gain_per: Literal["layer", "channel"]
     initial_gain: float
@@ -608,6 +623,7 @@ class KalmanNorm(Norm):
         running_average: Literal["exponential", "debiased", "cumulative"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
         gain: float | str = ...,
         gain_per: Literal["layer", "channel"] = ...,
         initial_gain: float = ...,

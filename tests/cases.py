@@ -152,6 +152,7 @@ CASES = {
     "SpectralBatchNorm, sequences, fft": Subject(
         nj.SpectralBatchNorm(route="fft", spectrum="half", fft_norm="backward"),
         (16, 5, 4),
+        keeps_rounded=True,
         **MAPS,
     ),
     "SpectralBatchNorm, frequency": Subject(
@@ -159,12 +160,14 @@ CASES = {
         (16, 3, 8, 4),
         residual_bytes=1.25,  # the spectrum of a row of 8 has 10 numbers
         fits_positions=False,
+        keeps_rounded=True,
         **MAPS,
     ),
     "SpectralBatchNorm, ring": Subject(
         nj.SpectralBatchNorm(statistics="ring", bands=3),
         (16, 5, 4, 4),
         residual_bytes=1.15,  # a row of 32 has 34 numbers, and each frequency some
+        keeps_rounded=True,
         **MAPS,
     ),
     "SpectralBatchNorm, behind BatchNorm": Subject(

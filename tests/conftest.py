@@ -1,10 +1,15 @@
 """Eight CPU devices, strict NumPy rules and no display, set before anything imports JAX."""
 
-import itertools
 import os
+import resource
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Programs of tests run once on a few numbers: most of the time would go into optimizing them.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"
@@ -13,14 +18,17 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-finished = itertools.count(1)
+GIGABYTE = 1 << 20  # in the units of ru_maxrss
+held = 2 * GIGABYTE
 
 
 @pytest.fixture(autouse=True)
 def _drop_programs():
-    """Now and then all compiled programs go: those of thousands of tests take gigabytes."""
+    """Compiled programs go when they have come to take another gigabyte."""
+    global held
     yield
-    if next(finished) % 20 == 0:
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > held:
+        held += GIGABYTE
         jax.clear_caches()
 
 

@@ -1,5 +1,7 @@
 """Carrying moments through Linen models: what is followed, what is not, and what it equals."""
 
+import contextlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -154,9 +156,117 @@ def test_fused_posteriors_go_through_the_activation():
     chex.assert_trees_all_close(known.priors["Norm_1"], wanted, atol=1e-5)
 
 
-def test_one_inside_of_another_is_the_same_and_outside_nothing_happens():
-    with carry() as known, carry() as same:
-        assert same is known
+class Block(nn.Module):
+    """Two Kalman norms; with `own` in a `carry` of their own."""
+
+    own: bool = False
+    features: int = 4
+
+    @nn.compact
+    def __call__(self, x, train):
+        with carry() if self.own else contextlib.nullcontext():
+            for _ in range(2):
+                x = nn.Conv(self.features, (3, 3), use_bias=False)(x)
+                x = linen.KalmanNorm(gain=0.3, activation=nn.relu)(x, not train)
+        return x
+
+
+class Blocks(nn.Module):
+    """Two blocks, behind a convolution or not, with or without rematerialization."""
+
+    remat: bool = False
+    own: bool = False
+    block: type = Block
+
+    @nn.compact
+    def __call__(self, x, train):
+        block = nn.remat(self.block, static_argnums=(2,)) if self.remat else self.block
+        for name in "ab":
+            x = block(own=self.own, name=name)(x, train)
+        return x
+
+
+def outputs(net, **how):
+    with carry() as known:
+        variables = Blocks(own=net.own).init(KEY, X, False)
+        known.priors.clear()
+        y, _ = net.apply(variables, X, True, mutable=["batch_stats"], **how)
+    return y, known.priors
+
+
+def test_rematerialization_changes_no_value_or_says_why_it_would():
+    with pytest.raises(ValueError, match=r"a/KalmanNorm_0 .*nn\.remat.* open `carry\(\)`"):
+        outputs(Blocks(remat=True))
+    (plain, priors), (again, inside) = (outputs(Blocks(remat=r, own=True)) for r in (False, True))
+    chex.assert_trees_all_close(plain, again, atol=1e-6)
+    told = {name: prior is not None for name, prior in priors.items()}
+    assert told == {f"{b}/KalmanNorm_{i}": i == 1 for b in "ab" for i in range(2)}
+    assert inside == {}, "tracers of the rematerialized blocks"
+    whole, _ = outputs(Blocks())
+    assert np.abs(whole - plain).max() > 1e-3, "the second block knew nothing of the first anyway"
+
+
+class Convolutions(nn.Module):
+    """A block without a norm, through which moments pass."""
+
+    own: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Conv(4, (3, 3))(x)
+
+
+@pytest.mark.parametrize("known", (False, True))
+def test_moments_that_a_transformation_would_drop_are_missed(known):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            if known:
+                x = linen.KalmanNorm(activation=nn.relu)(x, not train)
+            x = nn.remat(Convolutions, static_argnums=(2,))()(x, train)
+            return linen.KalmanNorm()(x, not train)
+
+    with carry() as found:
+        if known:
+            with pytest.raises(ValueError, match="Conv_0 runs inside of a transformation"):
+                Net().init(KEY, X, False)
+        else:
+            Net().init(KEY, X, False)
+            assert found.priors == {"KalmanNorm_0": None}
+
+
+def test_scans_of_blocks_are_refused_too():
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return linen.KalmanNorm(use_running_average=False)(nn.Conv(3, (3, 3))(x)), None
+
+    scanned = nn.scan(
+        Step, length=2, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}
+    )
+    with carry(), pytest.raises(ValueError, match=r"nn\.scan"):
+        scanned().init(KEY, X, None)
+
+
+def test_gradients_and_jit_around_the_model_are_no_border():
+    net = Blocks()
+    with carry():
+        variables = net.init(KEY, X, False)
+        run = lambda v: net.apply(v, X, True, mutable=["batch_stats"])[0]
+        plain = run(variables)
+    with carry():
+        jitted = jax.jit(run)(variables)
+    with carry():
+        slopes = jax.grad(lambda v: run(v).sum())(variables)
+    chex.assert_trees_all_close(plain, jitted, atol=1e-5)
+    chex.assert_tree_all_finite(slopes["params"])
+
+
+def test_one_inside_of_another_starts_anew_and_outside_nothing_happens():
+    moments = propagate.prediction(jnp.zeros(3), jnp.ones(3))
+    with carry(x=(X, moments)) as known, carry() as inner:
+        assert known.get(X) is moments and inner.get(X) is None
+        assert inner.priors is known.priors
         y = add(X, X)
         assert known.get(y) is None
     norm = linen.KalmanNorm()

@@ -74,13 +74,13 @@ def test_a_state_of_another_configuration_is_refused():
 def test_activations_need_not_be_pointwise_but_keep_the_shape():
     method = nj.LayerNorm(activation=jax.nn.softmax)
     params, state = variables(method)
-    f = lambda x: jnp.sum(method.apply(params, state, x)[0] ** 2)
+    f = lambda x: jnp.sum(method.apply(params, state, x, train=True)[0] ** 2)
     plain = nj.LayerNorm()
-    g = lambda x: jnp.sum(jax.nn.softmax(plain.apply(params, state, x)[0]) ** 2)
+    g = lambda x: jnp.sum(jax.nn.softmax(plain.apply(params, state, x, train=True)[0]) ** 2)
     chex.assert_trees_all_close(jax.grad(f)(X), jax.grad(g)(X), atol=1e-6)
     method = nj.LayerNorm(activation=jnp.cumsum)
     with pytest.raises(ValueError, match="activation"):
-        method.apply(params, state, X)
+        method.apply(params, state, X, train=True)
     with pytest.raises(ValueError, match="hashable"):
         nj.LayerNorm(activation=nn.PReLU(param_dtype=np.zeros(2)))
 
@@ -107,7 +107,7 @@ def test_float64_is_kept_in_evaluation_whatever_the_state():
         y, _ = method.apply(params, state, x, train=False)
         chex.assert_trees_all_close(y, x * (1 + 1e-10) / np.sqrt(1 + 1e-5), rtol=1e-13)
         loss = lambda x: jnp.sum(
-            nj.LayerNorm(epsilon=np.float64(1e-5)).apply(params, (), x)[0] ** 3
+            nj.LayerNorm(epsilon=np.float64(1e-5)).apply(params, (), x, train=True)[0] ** 3
         )
         assert jax.grad(loss)(X).dtype == jnp.float32
 
@@ -155,7 +155,7 @@ def test_fresh_initializers_need_no_new_trace():
 
     for _ in range(3):
         method = nj.LayerNorm(scale_init=nn.initializers.constant(0.5), activation=activation)
-        method.apply(*variables(method), X)
+        method.apply(*variables(method), X, train=True)
     assert len(counted) == 1
 
 
@@ -171,7 +171,7 @@ def test_fields_are_static_values():
         nj.LayerNorm().apply(*variables(nj.LayerNorm()), X, train=jnp.array(True))
     with pytest.raises(ValueError, match="dtype"):
         nj.LayerNorm(dtype=jnp.ones(3))
-    y, _ = nj.LayerNorm(dtype=float).apply(*variables(nj.LayerNorm()), X)
+    y, _ = nj.LayerNorm(dtype=float).apply(*variables(nj.LayerNorm()), X, train=True)
     assert y.dtype == jnp.float32
 
 

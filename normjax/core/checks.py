@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from normjax.core.structs import Features, feature_shape
@@ -120,6 +121,7 @@ RULES = {
     "use_scale": _flag,
     "use_bias": _flag,
     "unbiased_running_var": _flag,
+    "constant_statistics": _flag,
     "skip_nonfinite": _flag,
     "scale_init": _callable,
     "bias_init": _callable,
@@ -367,14 +369,24 @@ def counted(name: str, state: Any, wanted: bool) -> None:
 
 
 def mask(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """`value` as a boolean array of rank `len(shape)`; ValueError unless it broadcasts to it."""
+    """`value` as a boolean array of rank `len(shape)`.
+
+    Raises:
+      ValueError: unless it broadcasts to `shape`.
+      TypeError: for what is neither boolean nor an integer.
+    """
     if value is None:
         return None
     value = jnp.asarray(value)
-    try:
-        fits = np.broadcast_shapes(value.shape, shape) == shape
-    except ValueError:
-        fits = False
+    if not (value.dtype == jnp.bool_ or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise TypeError(
+            f"{name}: the mask has dtype {value.dtype}, but is True (or not 0) where a position "
+            "counts. There are no `weights` of samples: give `mask != 0` if the numbers are none."
+        )
+    last = shape[len(shape) - value.ndim :]  # sizes may be symbolic
+    fits = value.ndim <= len(shape) and all(
+        n == m or n == 1 for n, m in zip(value.shape, last, strict=True)
+    )
     if not fits:
         raise ValueError(
             f"{name}: a mask of shape {value.shape} does not broadcast to the input's shape "
@@ -387,9 +399,22 @@ def mask(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array | None:
 def need_positions(
     name: str, reduced: tuple[int, ...], shape: tuple[int, ...], axis_name: Any
 ) -> None:
-    """ValueError if statistics would be taken over single elements."""
+    """ValueError if there are no axes to take statistics over."""
     if not reduced and axis_name is None:
         raise ValueError(
             f"{name}: an input of shape {shape} has too few axes: none is left to take "
             "statistics over."
+        )
+
+
+def several_values(
+    name: str, sizes: Sequence[int], shape: tuple[int, ...], axis_name: Any, instead: str
+) -> None:
+    """ValueError if statistics over axes of `sizes` are of single values; `instead`: what to do."""
+    if any(n != 1 for n in sizes):  # they may be symbolic; an empty batch has no statistics
+        return
+    if axis_name is None or lax.axis_size(axis_name) == 1:
+        raise ValueError(
+            f"{name}: in an input of shape {shape} every statistic is that of a single value, "
+            f"whose variance is zero, and the output would be the bias: {instead}."
         )

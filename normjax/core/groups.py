@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from normjax.core.linear import place, spec
+from normjax.core.sharding import place, spec
 
 
 def ghosts(
@@ -21,14 +21,16 @@ def ghosts(
       devices: how many there are.
 
     Returns:
-      The number of groups on each device, and None; or, where devices share a group, one and the
-      groups of their indices.
+      The number of groups on each device (one if there are no samples), and None; or, where devices
+      share a group, one and the groups of their indices.
 
     Raises:
       ValueError: if groups do not divide the batch, or neither whole groups lie on a device nor
         whole devices share one.
     """
     samples = shape[0] if shape else 1
+    if samples == 0:
+        return 1, None
     size = samples * devices if size is None else size
     if samples % size == 0:
         return samples // size, None
@@ -36,10 +38,20 @@ def ghosts(
         rule = "divide the batch"
         if devices > 1:
             rule += f" of {devices} devices, with whole groups on a device or whole devices in one"
+        hint = f" {pad_and_mask(-samples % size)}" if devices == 1 else ""
         raise ValueError(
             f"{name}: ghost_batch_size={size} does not fit input of shape {shape}: it must {rule}."
+            f"{hint}"
         )
     return 1, neighbours(devices, size // samples)
+
+
+def pad_and_mask(missing: int) -> str:
+    """What to do where so many samples are missing for the last group."""
+    return (
+        f"Pad the batch with {missing} samples and give a mask that is False there: the last group "
+        "is then smaller."
+    )
 
 
 def neighbours(devices: int, together: int) -> tuple[tuple[int, ...], ...]:

@@ -1,23 +1,146 @@
-"""Linear maps with a transpose of their own, the fence between passes on CPU, and sums there.
+"""Passes that are differentiated by a linear map with a transpose of its own.
 
 Tangents of the passes over an activation are linear maps whose best transpose is known. Autodiff
 would find a slower one, and `jax.custom_vjp` would lose forward mode. The primitive here evaluates,
-differentiates and batches as the plain function, and transposes by the given one.
+differentiates and batches as the plain function, and transposes by the given one; `differentiated`
+makes the rules of a pass from it.
 """
 
+import contextlib
+import contextvars
 import functools
-import itertools
-import math
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+
+from normjax.core.cpu import unfenced
+from normjax.core.sharding import align, place, spec
+
+_plain = contextvars.ContextVar("plain", default=False)
+
+
+class Input(NamedTuple):
+    """An activation with a carrier of its tangent: itself in at least float32.
+
+    The carrier's value is never read, so that no program makes it. Passes take the tangent of `x`
+    from it and hand its cotangent back in its dtype, so that the parts of a gradient are added wide
+    and rounded once, where `x` was widened.
+    """
+
+    value: jax.Array
+    carrier: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the activation."""
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        """That of the activation."""
+        return self.value.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """That of the activation."""
+        return self.value.dtype
+
+
+@contextlib.contextmanager
+def plain_derivatives() -> Iterator[None]:
+    """While it is open, functions traced anew are differentiated by plain autodiff of the formulas.
+
+    They hold JAX's own primitives only, for tools that know no others. It drops all traces that JAX
+    has cached, before and after.
+
+    Example:
+      >>> import jax, normjax as nj
+      >>> params, state = nj.LayerNorm().init(None, 3)
+      >>> loss = lambda x: (nj.LayerNorm().apply(params, state, x, train=True)[0] ** 3).sum()
+      >>> with plain_derivatives():
+      ...     print(jax.grad(loss)(jax.numpy.ones((2, 3))).shape)
+      (2, 3)
+    """
+    token = _plain.set(True)
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+        jax.clear_caches()
+
+
+def differentiated(
+    tangent: Callable,
+    transpose: Callable,
+    *,
+    static: int = 0,
+    moving: int | None = None,
+    saves: Callable | None = None,
+) -> Callable[[Callable], Callable]:
+    """Decorator of a pass: its tangent is linear, and transposes by the given function.
+
+    The pass takes arrays, None or `Input` (of which it sees the value), then `static` hashable
+    arguments. Undifferentiated it holds JAX's own primitives only. (Under `vmap` JAX takes for
+    granted that a function and its rule leave the mapped axis at the same place: batching rules of
+    `core.cpu` are those of the operations that they stand for.)
+
+    Args:
+      tangent: `tangent(*static, saved, tangents)`, linear in the tuple of tangents.
+      transpose: `transpose(*static, saved, cotangents)`, a tuple: the cotangents of the tangents.
+      static: number of static arguments, the last ones.
+      moving: number of arguments that are differentiated, the first ones; None: all arrays.
+      saves: `saves(out, *args)`, what both need; None: the arrays.
+    """
+
+    def decorate(function):
+        arrays = len(inspect.signature(function).parameters) - static
+        fixed = tuple(range(arrays, arrays + static))
+
+        def of_values(*args):
+            return function(*map(_value, args))
+
+        def of_values_unfenced(*args):
+            with unfenced():
+                return of_values(*args)
+
+        def rule(*given):
+            *how, primals, tangents = given
+            out = fenced(*primals, *how)
+            moved = tuple(map(_carrier, tangents[:moving]))
+            values = tuple(map(_value, primals))
+            saved = values if saves is None else saves(out, *values, *how)
+            maps = (functools.partial(f, *how) for f in (tangent, transpose))
+            return out, linear(*maps, saved, moved)
+
+        fenced = jax.custom_jvp(of_values, nondiff_argnums=fixed)
+        alone = jax.custom_jvp(of_values_unfenced, nondiff_argnums=fixed)
+        fenced.defjvp(rule)
+        alone.defjvp(rule)
+
+        @functools.wraps(function)
+        def run(*args):
+            if not _plain.get():
+                return alone(*args)
+            with unfenced():
+                return function(*map(_carrier, args))
+
+        return run
+
+    return decorate
+
+
+def _value(a):
+    return a.value if isinstance(a, Input) else a
+
+
+def _carrier(a):
+    return a.carrier if isinstance(a, Input) else a
+
 
 linear_p = Primitive("normjax_linear")
 linear_p.multiple_results = True
@@ -35,61 +158,64 @@ def linear(
     leaves, tree = jax.tree.flatten((saved, operands))
     kept = jax.tree.structure(saved).num_leaves
     out = jax.tree.structure(jax.eval_shape(fun, saved, operands))
-
-    def flat(*leaves):
-        return jax.tree.leaves(fun(*jax.tree.unflatten(tree, leaves)))
-
-    def flat_transpose(saved, cotangents):
-        saved = jax.tree.unflatten(tree, [*saved, *(None,) * (len(leaves) - kept)])[0]
-        return jax.tree.leaves(transpose(saved, jax.tree.unflatten(out, cotangents)))
-
-    how = dict(fun=flat, transpose=flat_transpose, kept=kept, program=program)
-    result = linear_p.bind(*align(*leaves), **how)
-    return jax.tree.unflatten(out, result)
+    static = dict(
+        fun=functools.partial(_flat, fun, tree),
+        transpose=functools.partial(_flat_transpose, transpose, tree, out, len(leaves) - kept),
+        kept=kept,
+        program=program,
+    )
+    return jax.tree.unflatten(out, linear_p.bind(*align(*leaves), **static))
 
 
-def align(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Gives all arrays the same varying manual axes (shard_map): no transpose need know them."""
-    axes = frozenset().union(*map(varying, arrays))
-    return tuple(
-        lax.pcast(a, tuple(axes - varying(a)), to="varying") if axes - varying(a) else a
-        for a in arrays
+def _flat(fun, tree, *leaves):
+    return jax.tree.leaves(fun(*jax.tree.unflatten(tree, leaves)))
+
+
+def _flat_transpose(transpose, tree, out, operands, saved, cotangents):
+    saved = jax.tree.unflatten(tree, [*saved, *(None,) * operands])[0]
+    return jax.tree.leaves(transpose(saved, jax.tree.unflatten(out, cotangents)))
+
+
+def linear_map(fun: Callable, transpose: Callable, x: jax.Array, program: Any = None) -> jax.Array:
+    """`fun(x)`, linear: it and its `transpose` are each other's derivatives, at any order.
+
+    What is inside is never differentiated. Undifferentiated it is `fun(x)` and no more.
+    """
+
+    def of_value_unfenced(x):
+        with unfenced():
+            return fun(x)
+
+    def rule(primals, tangents):
+        return fenced(*primals), _both_ways(fun, transpose, *tangents, program)
+
+    fenced, alone = jax.custom_jvp(fun), jax.custom_jvp(of_value_unfenced)
+    fenced.defjvp(rule)
+    alone.defjvp(rule)
+    return of_value_unfenced(x) if _plain.get() else alone(x)
+
+
+def _both_ways(fun, transpose, x, program):
+    return linear(
+        lambda _, x: fun(x),
+        lambda _, t: _both_ways(transpose, fun, t, program),
+        (),
+        x,
+        program,
     )
 
 
-def varying(a: jax.Array) -> frozenset[str]:
-    """The manual mesh axes over which `a` varies."""
-    return frozenset(getattr(jax.typeof(a).manual_axis_type, "varying", ()))
-
-
-def spec(a: Any) -> tuple[Any, ...]:
-    """For each axis of `a` the Explicit mesh axes over which it is sharded, or None."""
-    kind = _kind(a)
-    return tuple(kind.sharding.spec) + (None,) * (kind.ndim - len(kind.sharding.spec))
-
-
-def place(a: jax.Array, parts: tuple[Any, ...], like: Any) -> jax.Array:
-    """`a` sharded as `parts` say over the Explicit mesh of `like`."""
-    if spec(a) == parts:
-        return a
-    return jax.sharding.reshard(a, NamedSharding(_kind(like).sharding.mesh, PartitionSpec(*parts)))
-
-
-def _kind(a):
-    return a.aval if ad.is_undefined_primal(a) else jax.typeof(a)
-
-
-def _plain(*leaves, fun, **_):
+def _lowered(*leaves, fun, **_):
     return fun(*leaves)
 
 
-def _jvp(primals, tangents, *, fun, kept, **how):
-    how = dict(fun=fun, kept=kept, **how)
-    out = linear_p.bind(*primals, **how)
+def _jvp(primals, tangents, *, fun, kept, **static):
+    static = dict(fun=fun, kept=kept, **static)
+    out = linear_p.bind(*primals, **static)
     fixed = all(isinstance(t, ad.Zero) for t in tangents[:kept])
     tangents = [ad.instantiate_zeros(t) for t in tangents]
     if fixed:
-        return out, linear_p.bind(*align(*primals[:kept], *tangents[kept:]), **how)
+        return out, linear_p.bind(*align(*primals[:kept], *tangents[kept:]), **static)
     return out, jax.jvp(fun, tuple(primals), tuple(tangents))[1]
 
 
@@ -123,226 +249,9 @@ def _batch(leaves, dims, *, fun, transpose, kept, program):
     return out, [0] * len(out)
 
 
-linear_p.def_impl(_plain)
+linear_p.def_impl(_lowered)
 linear_p.def_abstract_eval(lambda *avals, fun, **_: jax.make_jaxpr(fun)(*avals).out_avals)
-mlir.register_lowering(linear_p, mlir.lower_fun(_plain, multiple_results=True))
+mlir.register_lowering(linear_p, mlir.lower_fun(_lowered, multiple_results=True))
 ad.primitive_jvps[linear_p] = _jvp
 ad.primitive_transposes[linear_p] = _transpose
 batching.primitive_batchers[linear_p] = _batch
-
-
-fence_p = Primitive("normjax_fence")
-fence_p.multiple_results = True
-
-
-def fence(*arrays: jax.Array) -> list[jax.Array]:
-    """The inputs of one pass, unchanged.
-
-    On CPU, XLA shares what two passes could each recompute (a converted or centred activation) and
-    so writes it out; an optimization barrier around all inputs of each pass keeps the passes apart.
-    Other platforms fuse passes with one another and get none.
-    """
-    return fence_p.bind(*arrays)
-
-
-def _fence_jvp(primals, tangents):
-    return fence_p.bind(*primals), list(tangents)
-
-
-fence_p.def_impl(lambda *arrays: list(arrays))
-fence_p.def_abstract_eval(lambda *avals: list(avals))
-mlir.register_lowering(fence_p, mlir.lower_fun(lambda *arrays: list(arrays), multiple_results=True))
-mlir.register_lowering(
-    fence_p,
-    mlir.lower_fun(lambda *arrays: lax.optimization_barrier(list(arrays)), multiple_results=True),
-    platform="cpu",
-)
-ad.primitive_jvps[fence_p] = _fence_jvp
-batching.primitive_batchers[fence_p] = lambda arrays, dims: (fence_p.bind(*arrays), dims)
-
-
-# Sums of a fused product for each sample, over so many positions times lanes of channels, take XLA
-# on CPU up to three times as long as one sum over all samples (timed on x86, in 32 and 16 bits);
-# sums over tiles do not.
-SLOW_SUMS = range((1 << 15) + 1, (1 << 18) + 1)
-TILE = 1 << 14  # positions times lanes
-LANES = 128  # at most so many channels count
-# Several sums in one pass go over so few terms first that XLA on CPU unrolls them; many would take
-# up to ten times as long. Terms that lie APART numbers from one another or more are read side by
-# side; where no axis has such, they may be as near as NEAR (timed on x86, in 32 and 16 bits).
-TERMS = (8, 7, 6, 5, 4)
-APART, NEAR = 1 << 10, 1 << 4
-COPY = 1 / 64  # of the largest array, at most, for a small one that is broadcast on the way
-
-sums_p = Primitive("normjax_sums")
-sums_p.multiple_results = True
-
-
-def sum_of(fun: Callable, axes: tuple[int, ...], *arrays: jax.Array) -> jax.Array:
-    """The sum over `axes`, kept as size one, of a pointwise function of arrays of one rank.
-
-    `fun` closes over static values only and returns an array of at least float32. On CPU positions
-    between samples and channels are summed in tiles where XLA would be slow; other platforms, and
-    programs that XLA divides among devices, sum them as they are.
-    """
-    return sums_of(fun, axes, *arrays)[0]
-
-
-def sums_of(fun: Callable, axes: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
-    """As `sum_of`, of each array of the tuple that `fun` returns, which are of one dtype.
-
-    On CPU, where XLA makes a pass for each sum, they are made in one if the shape allows it.
-    """
-    if not axes:
-        return _values(fun, arrays)
-    return sums_p.bind(*align(*arrays), fun=fun, axes=tuple(sorted(axes)))
-
-
-def _values(fun, arrays):
-    shape = jnp.broadcast_shapes(*(a.shape for a in arrays))
-    values = fun(*arrays)
-    values = values if isinstance(values, tuple) else (values,)
-    return [jnp.broadcast_to(a, shape) for a in values]
-
-
-def _number(fun, arrays):
-    return len(jax.eval_shape(functools.partial(_values, fun), arrays))
-
-
-def _sums(*arrays, fun, axes):
-    return [jnp.sum(a, axes, keepdims=True) for a in _values(fun, arrays)]
-
-
-def _lower_for_cpu(context, *arrays, **how):
-    alone = _alone(context.module_context.axis_context)
-    rule = _sums_of_one_device if alone else functools.partial(_one_by_one, _sums)
-    return mlir.lower_fun(rule, multiple_results=True)(context, *arrays, **how)
-
-
-def _alone(context):
-    """Whether a program is for one device, or shard_map's for each: nobody divides its arrays."""
-    manual = getattr(context, "manual_axes", ())
-    return manual.issuperset(context.mesh.axis_names) if manual else context.num_devices == 1
-
-
-def _sums_of_one_device(*arrays, fun, axes):
-    shape = jnp.broadcast_shapes(*(a.shape for a in arrays))
-    sharded = any(part is not None for a in arrays for part in spec(a))  # over one: no views either
-    if sharded or not all(isinstance(n, int) for n in shape):
-        return _one_by_one(_sums, *arrays, fun=fun, axes=axes)
-    if _number(fun, arrays) > 1 and (terms := _terms(arrays, shape, axes)):
-        return _at_once(*arrays, fun=fun, axes=axes, shape=shape, **terms)
-    tiles = _tiles(shape, axes) if len(arrays) > 1 else 0
-    how = functools.partial(_in_tiles, shape=shape, tiles=tiles) if tiles else _sums
-    return _one_by_one(how, *arrays, fun=fun, axes=axes)
-
-
-def _one_by_one(how, *arrays, fun, axes):
-    """A pass for each sum, by `how`; behind barriers, or XLA would write out what they share."""
-    totals = []
-    for i in range(_number(fun, arrays)):
-        arrays = lax.optimization_barrier(arrays) if i else arrays
-        totals += how(*arrays, fun=lambda *a, i=i: _values(fun, a)[i], axes=axes)
-    return totals
-
-
-def _in_tiles(*arrays, fun, axes, shape, tiles):
-    first, last = axes[0], axes[-1] + 1
-    cuts = (*range(first + 1), *range(last, len(shape) + 1))
-    arrays = [_split(_merge(a, shape, cuts), first, tiles) for a in arrays]
-    (parts,) = _values(fun, lax.optimization_barrier(arrays))
-    total = jnp.sum(lax.optimization_barrier(jnp.sum(parts, first + 1)), first)
-    return [jnp.expand_dims(total, axes)]
-
-
-def _at_once(*arrays, fun, axes, shape, start, stop, terms):
-    """All sums: first over `terms` equal parts of the positions on axes from `start` to `stop`."""
-    cuts = (0, start, *range(stop, len(shape) + 1))
-    arrays = [_split(_merge(a, shape, cuts), 1, terms) for a in arrays]
-    values = tuple(_values(fun, lax.optimization_barrier(arrays)))
-    zeros = tuple(np.zeros((), a.dtype) for a in values)
-    add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))
-    parts = lax.optimization_barrier(lax.reduce(values, zeros, add, (1,)))
-    each = math.prod(shape[start:stop]) // terms, *(1,) * (stop - start - 1)
-    parts = (a.reshape(*shape[:start], *each, *shape[stop:]) for a in parts)
-    return [jnp.sum(a, axes, keepdims=True) for a in parts]
-
-
-def _merge(a, shape, cuts):
-    """`a` with all axes between two cuts made one, of size one or as in `shape`."""
-    sizes = _merged(a.shape, shape, cuts)
-    ends = itertools.pairwise(cuts)
-    return jnp.broadcast_to(a, sizes).reshape([math.prod(sizes[i:j]) for i, j in ends])
-
-
-def _merged(sizes, shape, cuts):
-    """`sizes`, of which those between two cuts are all one or all as in `shape`."""
-    groups = ((sizes[i:j], shape[i:j]) for i, j in itertools.pairwise(cuts))
-    return [n for own, full in groups for n in (own if math.prod(own) == 1 else full)]
-
-
-def _split(a, axis, number):
-    """`a` with `axis` as so many equal parts, in order."""
-    size = a.shape[axis]
-    parts = (1, 1) if size == 1 else (number, size // number)
-    return a.reshape(*a.shape[:axis], *parts, *a.shape[axis + 1 :])
-
-
-def _terms(arrays, shape, axes):
-    """Which axes hold the positions that are summed in parts first, and in how many; or None."""
-    found = None
-    for start in reversed(axes):
-        stop = next(i for i in range(start, len(shape) + 1) if i not in axes)
-        cuts = (0, start, *range(stop, len(shape) + 1))
-        sizes = ((a.size, math.prod(_merged(a.shape, shape, cuts))) for a in arrays)
-        cheap = all(new == old or new <= COPY * math.prod(shape) for old, new in sizes)
-        positions, row = math.prod(shape[start:stop]), math.prod(shape[stop:])
-        terms = next((k for k in TERMS if positions % k == 0), None)
-        if cheap and terms and (apart := positions // terms * row) >= NEAR:
-            found = dict(start=start, stop=stop, terms=terms)
-            if apart >= APART:
-                break
-    return found
-
-
-def _tiles(shape, axes):
-    """How many tiles the positions of each sample make for fast sums; 0: they stay together."""
-    first, last = axes[0], axes[-1] + 1
-    positions, lanes = math.prod(shape[first:last]), min(shape[-1], LANES)
-    between = axes == tuple(range(first, len(shape) - 1)) and math.prod(shape[:first]) > 1
-    if not between or positions * lanes not in SLOW_SUMS:
-        return 0
-    fits = (k for k in range(2, positions // 32 + 1) if positions % k == 0)
-    return next((k for k in fits if positions // k * lanes <= TILE), 0)
-
-
-def _sums_jvp(primals, tangents, **how):
-    moved = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-
-    def of_moved(*some):
-        arrays = list(primals)
-        for i, a in zip(moved, some, strict=True):
-            arrays[i] = a
-        return _sums(*arrays, **how)
-
-    given = tuple(primals[i] for i in moved), tuple(tangents[i] for i in moved)
-    return sums_p.bind(*primals, **how), jax.jvp(of_moved, *given)[1]
-
-
-def _sums_batch(arrays, dims, *, fun, axes):
-    arrays = [
-        jnp.expand_dims(a, 0) if d is None else jnp.moveaxis(a, d, 0)
-        for a, d in zip(arrays, dims, strict=True)
-    ]
-    out = sums_of(fun, tuple(i + 1 for i in axes), *arrays)
-    return out, [0] * len(out)
-
-
-sums_p.def_impl(_sums)
-sums_p.def_abstract_eval(
-    lambda *avals, **how: jax.make_jaxpr(functools.partial(_sums, **how))(*avals).out_avals
-)
-mlir.register_lowering(sums_p, mlir.lower_fun(_sums, multiple_results=True))
-mlir.register_lowering(sums_p, _lower_for_cpu, platform="cpu")
-ad.primitive_jvps[sums_p] = _sums_jvp
-batching.primitive_batchers[sums_p] = _sums_batch

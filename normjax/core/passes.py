@@ -4,9 +4,18 @@ Statistics and arithmetic are in at least float32 (float64 stays); the variance 
 exact at any offset. Reverse mode keeps the input and the small statistics. The two applications
 differ in where scale and bias live: in `affine` they broadcast like the statistics, in `rows` they
 lie on reduced axes (layer norm).
+
+With c = x - mean and g the cotangent, sums over what the small arrays lack, and n the count:
+
+    moments  var = sum(c^2) / n  dvar = 2 sum(c dx) / n             dx = (gmean + 2 gvar c) / n
+    affine   y = c a + b         dy = (dx - dmean) a + c da + db    dx = g a, da = sum(g c)
+    rows     y = c r s + b       dy = ((dx - dmean) r + c dr) s + c r ds + db
+                                 dx = g s r, dr = sum(g s c), ds = sum(g c r)
+
+Every pass takes the tangent of a wide carrier of `x` and returns its cotangent as wide (`Input`),
+so that a method whose input meets several passes rounds the gradient once.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +26,9 @@ from jax import lax
 
 from normjax.core import checks, groups
 from normjax.core.activation import activate, activation_cotangent, activation_tangent
-from normjax.core.linear import align, fence, linear, sum_of, sums_of
+from normjax.core.cpu import fence, sum_of, sums_of
+from normjax.core.linear import Input, differentiated
+from normjax.core.sharding import align, place_like
 from normjax.core.structs import AffineParams, Moments
 
 
@@ -31,11 +42,16 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(wide(x.dtype))
 
 
-def inputs(name: str, x: Any, mask: Any) -> tuple[jax.Array, jax.Array | None]:
+def inputs(name: str, x: Any, mask: Any) -> tuple[Input, jax.Array | None]:
     """Checked input and mask; masked positions are zero, so that no gradient sees the padding."""
     x = checks.real(name, x)
     mask = checks.mask(name, mask, x.shape)
-    return (x if mask is None else _drop(x, mask)), mask
+    return carried(x if mask is None else _drop(x, mask)), mask
+
+
+def carried(x: jax.Array | Input) -> Input:
+    """`x` with the carrier of its tangent, for all the passes that it meets."""
+    return x if isinstance(x, Input) else Input(x, widen(x))
 
 
 def keep(mask: jax.Array, x: jax.Array) -> jax.Array:
@@ -43,19 +59,18 @@ def keep(mask: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-@jax.custom_jvp
+@differentiated(
+    lambda mask, tangents: keep(mask, *tangents),
+    lambda mask, g: (keep(mask, g),),
+    moving=1,
+    saves=lambda out, x, mask: mask,
+)
 def _drop(x, mask):
     return keep(mask, x)
 
 
-@_drop.defjvp
-def _(primals, tangents):
-    x, mask = primals
-    return _drop(x, mask), linear(keep, keep, mask, tangents[0])
-
-
 def moments(
-    x: jax.Array,
+    x: jax.Array | Input,
     axes: tuple[int, ...],
     *,
     mask: jax.Array | None = None,
@@ -77,8 +92,7 @@ def moments(
         shape = [n if i in (*axes, kept) else mask.shape[i] for i, n in enumerate(x.shape)]
         count = jnp.sum(jnp.broadcast_to(mask, shape), axes, dtype=dtype, keepdims=True)
     count = _pool(count, channel_groups)
-    how = axes, centred, channel_groups
-    mean, var = _mean_var(x, mask, jnp.maximum(count, 1), how)
+    mean, var = _mean_var(carried(x), mask, jnp.maximum(count, 1), (axes, centred, channel_groups))
     return Moments(jnp.broadcast_to(count, mean.shape), mean, var)
 
 
@@ -97,7 +111,36 @@ def _average(a, mask, n, how):
     return _pool(total, channel_groups) / n
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _square(x, centre, mask=None):
+    square = jnp.square(widen(x) - centre)
+    return square if mask is None else keep(mask, square)
+
+
+def _mean_var_tangent(how, saved, tangents):
+    x, mean, mask, n = saved
+    dx = widen(*tangents)
+    centred = widen(x) if mean is None else widen(x) - mean
+    dvar = 2 * _average(centred * dx, mask, n, how)
+    return align(jnp.zeros_like(dvar) if mean is None else _average(dx, mask, n, how), dvar)
+
+
+def _mean_var_transpose(how, saved, cotangents):
+    x, mean, mask, n = saved
+    shift, slope = (_pool(c / n, how[-1]) for c in cotangents)
+    if mean is None:
+        x, slope = fence(x, 2 * slope)
+        dx = widen(x) * slope
+    else:
+        x, mean, shift, slope = fence(x, mean, shift, 2 * slope)
+        dx = (widen(x) - mean) * slope + shift
+    return (dx if mask is None else keep(mask, dx),)
+
+
+def _mean_var_saves(out, x, mask, n, how):
+    return x, out[0] if how[1] else None, mask, n
+
+
+@differentiated(_mean_var_tangent, _mean_var_transpose, static=1, moving=1, saves=_mean_var_saves)
 def _mean_var(x, mask, n, how):
     axes, centred, channel_groups = how
     if not centred:
@@ -108,39 +151,19 @@ def _mean_var(x, mask, n, how):
     return mean, _pool(sum_of(_square, axes, *fence(x, mean, *valid)), channel_groups) / n
 
 
-def _square(x, centre, mask=None):
-    square = jnp.square(widen(x) - centre)
-    return square if mask is None else keep(mask, square)
-
-
-def _mean_var_tangent(how, saved, dx):
-    x, mean, mask, n = saved
-    _, centred, _ = how
-    dvar = 2 * _average((widen(x) - mean) * widen(dx), mask, n, how)
-    return align(_average(widen(dx), mask, n, how) if centred else jnp.zeros_like(dvar), dvar)
-
-
-def _mean_var_transpose(how, saved, cotangents):
-    x, mean, mask, n = saved
-    _, centred, channel_groups = how
-    shift, slope = (_pool(c / n, channel_groups) for c in cotangents)
-    x, mean, shift, slope = fence(x, mean, shift, 2 * slope)
-    dx = (widen(x) - mean) * slope
-    dx = dx + shift if centred else dx
-    return (dx if mask is None else keep(mask, dx)).astype(x.dtype)
-
-
-@_mean_var.defjvp
-def _(how, primals, tangents):
-    x, mask, n = primals
-    mean, var = _mean_var(x, mask, n, how)
-    tangent = functools.partial(_mean_var_tangent, how)
-    transpose = functools.partial(_mean_var_transpose, how)
-    return (mean, var), linear(tangent, transpose, (x, mean, mask, n), tangents[0])
+@differentiated(
+    lambda epsilon, inverse, tangents: -0.5 * inverse**3 * tangents[0],
+    lambda epsilon, inverse, g: (-0.5 * inverse**3 * g,),
+    static=1,
+    saves=lambda inverse, var, epsilon: inverse,
+)
+def inverse_deviation(var: jax.Array, epsilon: float) -> jax.Array:
+    """`1 / sqrt(var + epsilon)`; reverse mode keeps the result alone, which the passes keep too."""
+    return lax.rsqrt(var + epsilon)
 
 
 def normalize(
-    method: Any, x: jax.Array, mean: jax.Array | None, var: jax.Array, params: AffineParams
+    method: Any, x: jax.Array | Input, mean: jax.Array | None, var: jax.Array, params: AffineParams
 ) -> jax.Array:
     """`activation((x - mean) / sqrt(var + epsilon) * scale + bias)` in `dtype`, or in that of `x`.
 
@@ -149,11 +172,12 @@ def normalize(
     """
     dtype = wide(x.dtype)
     mean, scale, bias = (None if a is None else a.astype(dtype) for a in (mean, *params))
-    var = var.astype(dtype)
-    inverse = lax.rsqrt(var + method.epsilon)
+    x = carried(x)
+    scale, bias = (None if a is None else place_like(a, x.value) for a in (scale, bias))
+    inverse = inverse_deviation(var.astype(dtype), method.epsilon)
     small = [a.shape for a in (scale, bias) if a is not None]
     shape = jnp.broadcast_shapes(var.shape, *small)
-    if shape == var.shape or math.prod(shape) < x.size:
+    if shape == var.shape or shape != x.shape:
         gain = inverse if scale is None else inverse * scale
         return affine(x, mean, gain, bias, activation=method.activation, dtype=method.dtype)
     smaller = jnp.broadcast_shapes(*small)
@@ -164,7 +188,7 @@ def normalize(
 
 
 def affine(
-    x: jax.Array,
+    x: jax.Array | Input,
     mean: jax.Array | None,
     gain: jax.Array,
     bias: jax.Array | None = None,
@@ -177,8 +201,9 @@ def affine(
     `mean` (None: zero), `gain` and `bias` (None: zero) have the rank of `x` and broadcast to it.
     """
     mean, bias = (jnp.zeros_like(gain) if a is None else a for a in (mean, bias))
-    mean, gain, bias = (a.astype(wide(x.dtype)) for a in (mean, gain, bias))
-    return _affine(x, mean, gain, bias, activation, output_dtype(dtype, x))
+    x = carried(x)
+    small = (place_like(a.astype(wide(x.dtype)), x.value) for a in (mean, gain, bias))
+    return _affine(x, *small, activation, output_dtype(dtype, x))
 
 
 def _fence_tree(*tree):
@@ -202,15 +227,9 @@ def total_over(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return fence(_sum_to(a, shape))[0]
 
 
-def output_dtype(dtype: Any, x: jax.Array) -> Any:
+def output_dtype(dtype: Any, x: jax.Array | Input) -> Any:
     """The dtype of the output for an input `x`, where `dtype` is None or what a user asked for."""
     return x.dtype if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-def _affine(x, mean, gain, bias, activation, dtype):
-    x, mean, gain, bias = fence(x, mean, gain, bias)
-    return activate(activation, (widen(x) - mean) * gain + bias).astype(dtype)
 
 
 def _affine_tangent(activation, dtype, saved, tangents):
@@ -220,8 +239,9 @@ def _affine_tangent(activation, dtype, saved, tangents):
     return activation_tangent(activation, centred * gain + bias, dz).astype(dtype)
 
 
-def _affine_transpose(activation, saved, g):
-    x, *small = saved
+def _affine_transpose(activation, dtype, saved, g):
+    del dtype
+    small = saved[1:]
     zero = jnp.zeros(jnp.broadcast_shapes(*(a.shape for a in small)), small[1].dtype)
 
     def both(h, x, mean, gain, bias, zeros):
@@ -233,7 +253,7 @@ def _affine_transpose(activation, saved, g):
     whole = (g, *saved, zero)
     total, slope = _totals(both, activation, zero.shape, *whole)
     *whole, _ = fence(*whole, slope)
-    dx = (both(*whole)[0] * whole[3]).astype(x.dtype)
+    dx = both(*whole)[0] * whole[3]
     totals = -total * small[1], slope, total
     return dx, *(_sum_to(a, b.shape) for a, b in zip(totals, small, strict=True))
 
@@ -250,22 +270,14 @@ def _totals(values, activation, shape, *arrays):
     return totals
 
 
-@_affine.defjvp
-def _(activation, dtype, primals, tangents):
-    tangent = functools.partial(_affine_tangent, activation, dtype)
-    transpose = functools.partial(_affine_transpose, activation)
-    out = _affine(*primals, activation, dtype)
-    return out, linear(tangent, transpose, tuple(primals), tuple(tangents))
+@differentiated(_affine_tangent, _affine_transpose, static=2)
+def _affine(x, mean, gain, bias, activation, dtype):
+    x, mean, gain, bias = fence(x, mean, gain, bias)
+    return activate(activation, (widen(x) - mean) * gain + bias).astype(dtype)
 
 
 def _centre(x, mean):
     return widen(x) if mean is None else widen(x) - mean
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
-def _rows(x, mean, inverse, scale, bias, activation, dtype):
-    x, mean, inverse, scale, bias = _fence_tree(x, mean, inverse, scale, bias)
-    return activate(activation, _centre(x, mean) * inverse * scale + bias).astype(dtype)
 
 
 def _rows_tangent(activation, dtype, saved, tangents):
@@ -277,11 +289,12 @@ def _rows_tangent(activation, dtype, saved, tangents):
     return activation_tangent(activation, centred * inverse * scale + bias, dz).astype(dtype)
 
 
-def _rows_transpose(activation, saved, g):
+def _rows_transpose(activation, dtype, saved, g):
+    del dtype
     x, mean, inverse, scale, bias = saved
     whole = (g, x, inverse, scale, bias, jnp.zeros_like(inverse))
     whole = whole if mean is None else (*whole, mean)
-    small = jnp.broadcast_shapes(scale.shape, bias.shape)
+    small, shifts = jnp.broadcast_shapes(scale.shape, bias.shape), mean is not None
 
     def before(h, x, inverse, scale, bias, zero, mean=None):
         """Cotangent before the activation, and the centred input."""
@@ -292,7 +305,7 @@ def _rows_transpose(activation, saved, g):
     def along(*arrays):
         h, centred = before(*arrays)
         h = h * arrays[3]
-        return (h * centred,) if mean is None else (h * centred, h)
+        return (h * centred, h) if shifts else (h * centred,)
 
     def across(*arrays):
         h, centred = before(*arrays)
@@ -302,14 +315,12 @@ def _rows_transpose(activation, saved, g):
     arrays = fence(*whole, slope)[: len(whole)]
     dbias, dscale = _totals(across, activation, small, *arrays)
     arrays = fence(*whole, dscale)[: len(whole)]
-    dx = (before(*arrays)[0] * arrays[2] * arrays[3]).astype(x.dtype)
+    dx = before(*arrays)[0] * arrays[2] * arrays[3]
     dmean = -total[0] * inverse if total else None
     return dx, dmean, slope, _sum_to(dscale, scale.shape), _sum_to(dbias, bias.shape)
 
 
-@_rows.defjvp
-def _(activation, dtype, primals, tangents):
-    tangent = functools.partial(_rows_tangent, activation, dtype)
-    transpose = functools.partial(_rows_transpose, activation)
-    out = _rows(*primals, activation, dtype)
-    return out, linear(tangent, transpose, tuple(primals), tuple(tangents))
+@differentiated(_rows_tangent, _rows_transpose, static=2)
+def _rows(x, mean, inverse, scale, bias, activation, dtype):
+    x, mean, inverse, scale, bias = _fence_tree(x, mean, inverse, scale, bias)
+    return activate(activation, _centre(x, mean) * inverse * scale + bias).astype(dtype)

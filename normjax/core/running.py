@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normjax.core.linear import place, spec
+from normjax.core.sharding import place, spec
 from normjax.core.structs import AxisName, Features, Moments, Running, feature_shape
 
 

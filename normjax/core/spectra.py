@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import layout as memory
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from normjax.core import groups, passes
 from normjax.core.activation import activate, activation_cotangent, activation_tangent
-from normjax.core.linear import fence, linear, place, spec
-from normjax.core.passes import keep, output_dtype, total_over, wide, widen
+from normjax.core.cpu import fence, written
+from normjax.core.linear import Input, differentiated, linear_map
+from normjax.core.passes import carried, keep, output_dtype, total_over, wide, widen
+from normjax.core.sharding import place, spec
 from normjax.core.structs import Moments
 
 FftNorm = Literal["ortho", "backward", "forward", "full"]
@@ -135,7 +136,7 @@ def _slice(x, axes):
 
 
 def spatial_moments(
-    x: jax.Array, layout: Layout, *, half: bool, mask: jax.Array | None = None
+    x: jax.Array | Input, layout: Layout, *, half: bool, mask: jax.Array | None = None
 ) -> Moments:
     """Moments of the orthonormal spectrum of `x` over samples and all frequencies.
 
@@ -151,7 +152,7 @@ def spatial_moments(
     """
     dtype, how = wide(x.dtype), (layout, half)
     count = _sample_count(layout, mask, dtype)
-    real, imag, var = _spatial_moments(x, mask, jnp.maximum(count, 1), how)
+    real, imag, var = _spatial_moments(carried(x), mask, jnp.maximum(count, 1), how)
     positions = math.prod(layout.sizes)
     mean = jnp.stack([real, imag]) / math.sqrt(positions)
     var = jnp.stack([var, jnp.zeros_like(var)]) / positions
@@ -225,32 +226,8 @@ def _energy(inputs, mask, how):
     return rows + jnp.sum(jnp.square(z), _others(layout), keepdims=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _spatial_moments(x, mask, n, how):
-    """Real and imaginary part of the mean of the unscaled spectrum, and its variance."""
-    layout, half = how
-    patch = _patch(how, n.dtype)
-    row = _slice(fence(x)[0], patch.axes)
-    row = jnp.sum(widen(row), layout.batch, keepdims=True) / n
-    real, imag = (
-        jnp.sum(row * table, layout.spatial, keepdims=True) for table in (patch.real, patch.imag)
-    )
-    square = _energy((x, real, imag), mask, how)
-    if not half:
-        return real, imag, square / n
-    # Of the energy of the stored half plane, half is that of the plane, and half that of the
-    # columns that are their own mirror images: the zero frequency and, for even W, the last one.
-    # These do not carry the imaginary part of the mean.
-    width, stored = layout.sizes[-1], layout.stored[-1]
-    mirrors = 2 - width % 2
-    own = _centre_folds(_folds(x, layout), real, imag, mask, how)
-    own = jnp.sum(jnp.square(own), _others(layout), keepdims=True)
-    square = width * square + mirrors * own
-    return real, imag, square / (2 * stored * n) + mirrors / stored * jnp.square(imag)
-
-
-def _spatial_moments_tangent(how, saved, dx):
-    (x, real, imag, folds, mask, n), (layout, half) = saved, how
+def _spatial_moments_tangent(how, saved, tangents):
+    (x, real, imag, folds, mask, n), (layout, half), (dx,) = saved, how, tangents
     patch = _patch(how, n.dtype)
     dx = widen(dx) if mask is None else keep(mask, widen(dx))
     row = jnp.sum(_slice(dx, patch.axes), layout.batch, keepdims=True) / n
@@ -283,22 +260,46 @@ def _spatial_moments_transpose(how, saved, cotangents):
         row = row - centre * slope
         x, folds, row, slope, twin = fence(x, folds, row, slope * width, slope * mirrors)
         dx = widen(x) * slope + _unfold(folds, x, layout) * twin + patch.at * row
-    return (dx if mask is None else keep(mask, dx)).astype(x.dtype)
+    return (dx if mask is None else keep(mask, dx),)
 
 
-@_spatial_moments.defjvp
-def _(how, primals, tangents):
-    x, mask, n = primals
-    real, imag, var = _spatial_moments(x, mask, n, how)
-    tangent = functools.partial(_spatial_moments_tangent, how)
-    transpose = functools.partial(_spatial_moments_transpose, how)
-    folds = _folds(x, how[0]) if how[1] else None
-    saved = x, real, imag, folds, mask, n
-    return (real, imag, var), linear(tangent, transpose, saved, tangents[0])
+def _spatial_moments_saves(out, x, mask, n, how):
+    real, imag, _ = out
+    return x, real, imag, _folds(x, how[0]) if how[1] else None, mask, n
+
+
+@differentiated(
+    _spatial_moments_tangent,
+    _spatial_moments_transpose,
+    static=1,
+    moving=1,
+    saves=_spatial_moments_saves,
+)
+def _spatial_moments(x, mask, n, how):
+    """Real and imaginary part of the mean of the unscaled spectrum, and its variance."""
+    layout, half = how
+    patch = _patch(how, n.dtype)
+    row = _slice(fence(x)[0], patch.axes)
+    row = jnp.sum(widen(row), layout.batch, keepdims=True) / n
+    real, imag = (
+        jnp.sum(row * table, layout.spatial, keepdims=True) for table in (patch.real, patch.imag)
+    )
+    square = _energy((x, real, imag), mask, how)
+    if not half:
+        return real, imag, square / n
+    # Of the energy of the stored half plane, half is that of the plane, and half that of the
+    # columns that are their own mirror images: the zero frequency and, for even W, the last one.
+    # These do not carry the imaginary part of the mean.
+    width, stored = layout.sizes[-1], layout.stored[-1]
+    mirrors = 2 - width % 2
+    own = _centre_folds(_folds(x, layout), real, imag, mask, how)
+    own = jnp.sum(jnp.square(own), _others(layout), keepdims=True)
+    square = width * square + mirrors * own
+    return real, imag, square / (2 * stored * n) + mirrors / stored * jnp.square(imag)
 
 
 def spatial_affine(
-    x: jax.Array,
+    x: jax.Array | Input,
     gain: jax.Array,
     constant: jax.Array,
     layout: Layout,
@@ -323,14 +324,8 @@ def spatial_affine(
     real, imag = constant * math.sqrt(math.prod(layout.sizes))
     row = real * patch.of_one + imag * patch.of_i
     gain, row = gain.astype(wide(x.dtype)), row.astype(wide(x.dtype))
-    return _spatial_affine(x, gain, row, activation, output_dtype(dtype, x), (layout, half))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def _spatial_affine(x, gain, row, activation, dtype, how):
-    patch = _patch(how, gain.dtype)
-    x, gain, row = fence(x, gain, row)
-    return activate(activation, widen(x) * gain + patch.at * row).astype(dtype)
+    output = output_dtype(dtype, x)
+    return _spatial_affine(carried(x), gain, row, activation, output, (layout, half))
 
 
 def _spatial_affine_tangent(activation, dtype, how, saved, tangents):
@@ -341,7 +336,8 @@ def _spatial_affine_tangent(activation, dtype, how, saved, tangents):
     return activation_tangent(activation, z, dz).astype(dtype)
 
 
-def _spatial_affine_transpose(activation, how, saved, g):
+def _spatial_affine_transpose(activation, dtype, how, saved, g):
+    del dtype
     patch = _patch(how, saved[1].dtype)
 
     def inputs(*after, axes=()):
@@ -357,15 +353,14 @@ def _spatial_affine_transpose(activation, how, saved, g):
     h, _, _ = inputs(slope, axes=patch.axes)
     total = total_over(h, saved[2].shape)
     h, _, gain = inputs(total)
-    return (h * gain).astype(saved[0].dtype), slope, total
+    return h * gain, slope, total
 
 
-@_spatial_affine.defjvp
-def _(activation, dtype, how, primals, tangents):
-    tangent = functools.partial(_spatial_affine_tangent, activation, dtype, how)
-    transpose = functools.partial(_spatial_affine_transpose, activation, how)
-    out = _spatial_affine(*primals, activation, dtype, how)
-    return out, linear(tangent, transpose, tuple(primals), tuple(tangents))
+@differentiated(_spatial_affine_tangent, _spatial_affine_transpose, static=3)
+def _spatial_affine(x, gain, row, activation, dtype, how):
+    patch = _patch(how, gain.dtype)
+    x, gain, row = fence(x, gain, row)
+    return activate(activation, widen(x) * gain + patch.at * row).astype(dtype)
 
 
 Route = Literal["fft", "matmul"]
@@ -385,7 +380,7 @@ def forward(x: jax.Array, layout: Layout, route: Route) -> jax.Array:
     """
     how = layout, route
     given, wider = x.dtype, wide(x.dtype)
-    return _linear_both_ways(
+    return linear_map(
         lambda x: _analyse(x, how, wider, mirrored=False),
         lambda t: _synthesize(t, how, given, mirrored=False),
         x,
@@ -401,22 +396,11 @@ def inverse(spectrum: jax.Array, layout: Layout, route: Route, dtype: Any) -> ja
     """
     how = layout, route
     given = spectrum.dtype
-    return _linear_both_ways(
+    return linear_map(
         lambda t: _synthesize(t, how, dtype, mirrored=True),
         lambda x: _analyse(x, how, given, mirrored=True),
         spectrum,
         _shard_local_program(route),
-    )
-
-
-def _linear_both_ways(fun, transpose, x, program):
-    """`linear` whose transpose is one again: what is inside is never differentiated."""
-    return linear(
-        lambda _, x: fun(x),
-        lambda _, t: _linear_both_ways(transpose, fun, t, program),
-        (),
-        x,
-        program,
     )
 
 
@@ -463,7 +447,9 @@ def rounded(
     """`spectrum` with its distance from the mean rounded to `dtype`, differentiated as itself.
 
     The distances are divided by their scale before, so that they are within the range of `dtype`.
-    For a policy of `jax.checkpoint` they have the name "rounded".
+    The zero frequency, where cotangents with a mean are large, is real: where its imaginary part
+    would be, it has what rounding left over. For a policy of `jax.checkpoint` the distances have
+    the name "rounded".
 
     Args:
       spectrum: from `forward`.
@@ -474,9 +460,24 @@ def rounded(
     """
     _, mean, var = (_unlisted(a, layout, members) for a in now)
     scale = jnp.sqrt(var + jnp.square(mean / 1000) + jnp.finfo(var.dtype).tiny)
-    distance = ((lax.stop_gradient(spectrum) - mean) / scale).astype(dtype)
-    distance = checkpoint_name(distance, "rounded")
-    return as_if(distance.astype(spectrum.dtype) * scale + mean, spectrum)
+    exact = (lax.stop_gradient(spectrum) - mean) / scale
+    real, imag = exact[:, :1], exact[:, 1:]
+    zero = jnp.asarray(_zero_frequency(layout, exact.ndim))
+    left = real - real.astype(dtype).astype(real.dtype)
+    distance = jnp.concatenate([real, jnp.where(zero, left, imag)], 1).astype(dtype)
+    distance = checkpoint_name(distance, "rounded").astype(spectrum.dtype)
+    real, imag = distance[:, :1], distance[:, 1:]
+    whole = jnp.concatenate([jnp.where(zero, real + imag, real), jnp.where(zero, 0, imag)], 1)
+    drop = jnp.concatenate([jnp.zeros_like(zero), zero], 1)
+    return as_if(jnp.where(drop, 0, whole * scale + mean), spectrum)
+
+
+def _zero_frequency(layout, rank):
+    """Where a spectrum [L, 1, *other spatial, ...] has the zero frequency, a boolean array."""
+    sizes = [layout.stored[-1], 1, *layout.stored[:-1], *(1,) * (rank - 1 - len(layout.spatial))]
+    zero = np.zeros(sizes, bool)
+    zero[(0,) * rank] = True
+    return zero
 
 
 @jax.custom_jvp
@@ -582,7 +583,7 @@ def _synthesize(spectrum, how, dtype, mirrored):
     if route == "matmul":
         matrix = _half_matrix(layout.sizes[-1], weights, spectrum.dtype)
         x = _products_transposed(spectrum, matrix, layout)
-        return _written(jnp.transpose(x, _inverse_order(_order(layout))), dtype)
+        return written(jnp.transpose(x, _inverse_order(_order(layout))), dtype)
     spatial, outer = len(layout.spatial), len(layout.shape) - len(layout.spatial)
     parts = jnp.transpose(
         spectrum, (1, *range(1 + spatial, 1 + spatial + outer), *range(2, 1 + spatial), 0)
@@ -592,25 +593,6 @@ def _synthesize(spectrum, how, dtype, mirrored):
     parts = parts * weights.reshape((1,) * len(layout.shape) + (-1,))
     x = _shard_local(_irfftn, lax.complex(parts[0], parts[1]), layout.sizes).astype(dtype)
     return jnp.transpose(x, _inverse_order(_minor(layout)))
-
-
-def _written(x, dtype):
-    """`x` in `dtype`, the last axis minor in memory, in one pass on CPU.
-
-    There XLA would copy a transposed array once more, and round to bfloat16 slowly while it does.
-    """
-
-    def on_cpu(x):
-        if x.dtype == jnp.float32 and dtype == jnp.bfloat16:
-            bits = lax.bitcast_convert_type(lax.reduce_precision(x, 8, 7), jnp.uint32)
-            y = lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), dtype)
-        else:
-            y = x.astype(dtype)
-        if GATHERS:
-            return y
-        return memory.with_layout_constraint(y, memory.Layout(tuple(range(y.ndim))))
-
-    return lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x.astype(dtype))
 
 
 def _inverse_order(order):
@@ -633,8 +615,7 @@ def _irfftn(spectrum, sizes):
     return jnp.fft.irfft(spectrum, sizes[-1])
 
 
-# Before JAX 0.12 the compiler gathers whole arrays for a Fourier transform under `jit`, and to set
-# their order in memory.
+# Before JAX 0.12 the compiler gathers whole arrays for a Fourier transform under `jit`.
 GATHERS = jax.__version_info__ < (0, 12)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from normjax.core.sharding import place, spec
 from normjax.core.structs import AxisGroups, AxisName, Moments
 
 Tree = TypeVar("Tree")
@@ -19,7 +20,7 @@ def merge(parts: Moments, axis: int = 0) -> Moments:
     """Moments of the union of the samples whose moments lie along `axis`, which is dropped."""
     count = parts.count.sum(axis, keepdims=True)
     safe = jnp.maximum(count, 1)
-    near = parts.mean.mean(axis, keepdims=True)
+    near = parts.mean.sum(axis, keepdims=True) / max(parts.mean.shape[axis], 1)
     mean = near + (parts.count * (parts.mean - near)).sum(axis, keepdims=True) / safe
     gap = jnp.square(parts.mean - mean)
     var = (parts.count * (parts.var + gap)).sum(axis, keepdims=True) / safe
@@ -63,11 +64,14 @@ def over_devices(
 def gather(part: Tree, axis_name: AxisName) -> Tree:
     """Every device's `part` stacked on axis 0, by one psum, hence replicated for shard_map.
 
-    The arrays of `part`, such as those of `Moments`, broadcast to one shape, which they get.
+    The arrays of `part`, such as those of `Moments`, broadcast to one shape, which they get, and
+    are sharded over an Explicit mesh like the one that is sharded most.
     """
     index, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
     leaves, tree = jax.tree.flatten(part)
-    message = jnp.stack(jnp.broadcast_arrays(*leaves))
+    arrays = jnp.broadcast_arrays(*leaves)
+    most = max(arrays, key=lambda a: sum(part is not None for part in spec(a)))
+    message = jnp.stack([place(a, spec(most), like=most) for a in arrays])
     here = (jnp.arange(devices, dtype=index.dtype) == index).reshape(-1, *(1,) * message.ndim)
     stacked = lax.psum(jnp.where(here, message, 0), axis_name)
     return jax.tree.unflatten(tree, [stacked[:, i] for i in range(len(leaves))])

@@ -2,37 +2,73 @@
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
-Apply = TypeVar("Apply", bound=Callable[..., Any])
+from normjax.core import checks
 
 
-def traced_once(apply: Apply) -> Apply:
+def traced_once(apply: Any = None, *, in_training: Callable[..., None] | None = None) -> Any:
     """The `apply` of a method under `jax.jit`, static in the method and in `train`.
 
     A network has many layers alike. JAX keeps the trace, the derivatives and the lowered form of an
     inner jit and uses them again for each, which halves the time it takes to trace a deep network;
-    XLA inlines the calls.
+    XLA inlines the calls. A method that treats training and evaluation alike is traced once for
+    both; `in_training(method, x)` may refuse an input in training, outside of the trace.
     """
+    if apply is None:
+        return functools.partial(traced_once, in_training=in_training)
     compiled = jax.jit(apply, static_argnums=0, static_argnames="train")
 
     @functools.wraps(apply)
-    def run(self, params, state, x, *, train=True, **how):
+    def run(self, params, state, x, *, train, **how):
         if not isinstance(train, bool):
             raise TypeError(
                 f"{type(self).__name__}: train={train!r} is not True or False. Under "
                 'jax.jit make it static: `static_argnames="train"`.'
             )
-        return compiled(_without_initializers(self), params, state, x, train=train, **how)
+        how["train"] = train and checks.depends_on_train(self)
+        out = compiled(without_initializers(self), params, state, x, **how)
+        if train and in_training is not None:
+            in_training(self, x)
+        return out
 
-    return run  # type: ignore[return-value]
+    return run
 
 
-def _without_initializers(method):
+def without_initializers(method: Any) -> Any:
     """`method` with default initializers, so that a fresh closure there needs no new trace."""
     fields = [f for f in dataclasses.fields(method) if f.name.endswith("_init")]
     defaults = {f.name: f.default for f in fields if getattr(method, f.name) != f.default}
     return dataclasses.replace(method, **defaults) if defaults else method
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two configurations say the same: functions count by code and what they close over."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, types.FunctionType):
+        return a.__code__ == b.__code__ and alike(_closed_over(a), _closed_over(b))
+    if isinstance(a, functools.partial):
+        return alike((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    if dataclasses.is_dataclass(a):
+        return all(alike(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    try:
+        return bool(a == b)
+    except ValueError:  # arrays
+        return False
+
+
+def _closed_over(function):
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    named = function.__module__, function.__globals__.get("__name__"), function.__defaults__
+    return *named, function.__kwdefaults__, cells

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax.core import checks, groups, passes, running, sync
-from normjax.core.linear import place, spec
+from normjax.core.sharding import place, spec
 from normjax.core.structs import (
     AffineParams,
     Axes,
@@ -59,6 +59,8 @@ class BatchNorm:
         state.
       unbiased_running_var: store the variance divided by n - 1 in the running statistics.
       skip_nonfinite: leave the state alone when the moments of a batch are not all finite.
+      constant_statistics: hold mean and variance of the batch constant in the backward pass: the
+        gradient of the input is then the cotangent times scale over deviation.
 
     Raises:
       ValueError: for a field outside its range; in `apply`, for axes or features that do not fit
@@ -91,6 +93,7 @@ class BatchNorm:
     running_average: Literal["exponential", "debiased", "cumulative"] = "exponential"
     unbiased_running_var: bool = False
     skip_nonfinite: bool = False
+    constant_statistics: bool = False
 
     def __post_init__(self):
         checks.configuration(self)
@@ -137,6 +140,7 @@ class BatchNorm:
             return self._evaluate(x, mask, Running(mean, var), params), state
 
         checks.need_positions(name, others, x.shape, self.axis_name)
+        self._refuse_single_values(x)
         y, now, each = self._train(x, mask, Running(mean, var, state.count), params, key)
         update = running.update if each is None else running.update_groups
         return y, update(
@@ -147,6 +151,12 @@ class BatchNorm:
             unbiased=self.unbiased_running_var,
             skip_nonfinite=self.skip_nonfinite,
         )
+
+    def _refuse_single_values(self, x):
+        sizes = [n for i, n in enumerate(x.shape) if i not in self._features(x)]
+        instead = "give more samples or positions, or evaluate"
+        name = type(self).__name__
+        checks.several_values(name, sizes, x.shape, self.axis_name, instead)
 
     def _features(self, x):
         return checks.axes(type(self).__name__, "axis", self.axis, x.shape)
@@ -164,7 +174,11 @@ class BatchNorm:
         each = None
         if self.axis_name is not None:
             now, each = sync.over_devices(now, self.axis_name, self.axis_index_groups)
-        return self._normalize_batch(x, now, state, params), now, each
+        return self._normalize_batch(x, self._statistics(now), state, params), now, each
+
+    def _statistics(self, moments):
+        """Moments as the backward pass shall see them."""
+        return lax.stop_gradient(moments) if self.constant_statistics else moments
 
     def _counted(self):
         return self.running_average != "exponential"
@@ -194,7 +208,7 @@ class InputNorm(BatchNorm):
       axis, momentum, epsilon, use_scale: as in `BatchNorm`.
       scale_init: that of the other norms; see above.
       dtype, param_dtype, axis_name, axis_index_groups, activation: as in `BatchNorm`.
-      running_average, unbiased_running_var, skip_nonfinite: as in `BatchNorm`.
+      running_average, unbiased_running_var, skip_nonfinite, constant_statistics: as in `BatchNorm`.
 
     Raises:
       ValueError: as in `BatchNorm`.
@@ -274,7 +288,7 @@ class BatchRenorm(BatchNorm):
       axis, momentum, epsilon, use_scale, use_bias: as in `BatchNorm`.
       scale_init, bias_init, dtype, param_dtype: as in `BatchNorm`.
       axis_name, axis_index_groups, activation: as in `BatchNorm`.
-      running_average, unbiased_running_var, skip_nonfinite: as in `BatchNorm`.
+      running_average, unbiased_running_var, skip_nonfinite, constant_statistics: as in `BatchNorm`.
 
     Raises:
       ValueError: for a bound outside its range, and as in `BatchNorm`.
@@ -317,7 +331,7 @@ class BatchRenorm(BatchNorm):
         r = lax.stop_gradient(jnp.clip(ratio, 1 / r_max, r_max))
         d = lax.stop_gradient(jnp.clip(shift, -d_max, d_max))
         scale, bias = (None if a is None else a.astype(dtype) for a in params)
-        gain = lax.rsqrt(now.var + self.epsilon) * r
+        gain = passes.inverse_deviation(now.var, self.epsilon) * r
         gain, d = (gain, d) if scale is None else (gain * scale, d * scale)
         offset = d if bias is None else d + bias
         return passes.affine(
@@ -347,7 +361,7 @@ class ExclusiveBatchNorm(BatchNorm):
       scale_init, bias_init, dtype, param_dtype: as in `BatchNorm`.
       axis_name, activation: as in `BatchNorm`.
       axis_index_groups: must be None: `ghost_batch_size` makes the groups.
-      running_average, unbiased_running_var, skip_nonfinite: as in `BatchNorm`.
+      running_average, unbiased_running_var, skip_nonfinite, constant_statistics: as in `BatchNorm`.
 
     Raises:
       ValueError: for groups of one sample, of two without positions, or that do not fit the batch
@@ -382,7 +396,7 @@ class ExclusiveBatchNorm(BatchNorm):
         devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         here, shared = groups.ghosts(name, self.ghost_batch_size, x.shape, devices)
         size = x.shape[0] // here * (len(shared[0]) if shared else 1)
-        if size < (2 if positions else 3):
+        if size and size < (2 if positions else 3):
             raise ValueError(
                 f"{name}: ghost_batch_size={self.ghost_batch_size} and an input of shape {x.shape} "
                 f"leave statistics over {size - 1} values; one more sample or positions are needed."
@@ -403,6 +417,7 @@ class ExclusiveBatchNorm(BatchNorm):
             group = Moments(*(a[None] for a in group))
         rest = _leave_one_out(parts, Moments(*(a[:, None] for a in group)))
         rest = Moments(*(groups.join(a, 0, like=own.mean) for a in rest))
+        rest = self._statistics(rest)
         return passes.normalize(self, x, rest.mean, rest.var, params), now, None
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax.core import checks, groups, running
-from normjax.core.linear import align, place, spec
+from normjax.core.sharding import align, place, spec
 from normjax.core.structs import Axes, Features, Key
 
 
@@ -98,58 +98,74 @@ class Ghost:
         """
         if not train:
             return self.method.apply(params, state, x, train=False, mask=mask, key=key, **inputs)
-        x = checks.real("Ghost", x)
-        axis_name = getattr(self.method, "axis_name", None)
-        devices = 1 if axis_name is None else lax.axis_size(axis_name)
-        if self.groups % devices and devices % self.groups:
+        return apply_to_parts(self.method, self.groups, params, state, x, mask, key, **inputs)
+
+
+def apply_to_parts(
+    method: Any,
+    number: int,
+    params: Any,
+    state: Any,
+    x: jax.Array,
+    mask: jax.Array | None,
+    key: Key,
+    **inputs: Any,
+) -> tuple[Any, Any]:
+    """Training of `Ghost(method, number)`; the number may be symbolic."""
+    x = checks.real("Ghost", x)
+    axis_name = getattr(method, "axis_name", None)
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    if devices > 1 and number % devices and devices % number:
+        raise ValueError(
+            f"Ghost: {number} groups and {devices} devices along axis {axis_name!r}: "
+            "one must divide the other."
+        )
+    keys = _keys(method, number, key, axis_name, devices)
+    if devices > 1 and number < devices:
+        shared = groups.neighbours(devices, devices // number)
+        if not hasattr(method, "axis_index_groups"):
             raise ValueError(
-                f"Ghost: {self.groups} groups and {devices} devices along axis {axis_name!r}: "
-                "one must divide the other."
+                f"Ghost: groups={number} on {devices} devices, but "
+                f"{type(method).__name__} has no axis_index_groups, by which devices "
+                "share a group: give one or more groups per device."
             )
-        keys = self._keys(key, axis_name, devices)
-        if self.groups < devices:
-            shared = groups.neighbours(devices, devices // self.groups)
-            if not hasattr(self.method, "axis_index_groups"):
-                raise ValueError(
-                    f"Ghost: groups={self.groups} on {devices} devices, but "
-                    f"{type(self.method).__name__} has no axis_index_groups, by which devices "
-                    "share a group: give one or more groups per device."
-                )
-            method = dataclasses.replace(self.method, axis_index_groups=shared)
-            key = None if keys is None else keys[0]
-            return method.apply(params, state, x, train=True, mask=mask, key=key, **inputs)
+        method = dataclasses.replace(method, axis_index_groups=shared)
+        key = None if keys is None else keys[0]
+        return method.apply(params, state, x, train=True, mask=mask, key=key, **inputs)
 
-        here = self.groups // devices
-        method = self.method if devices == 1 else dataclasses.replace(self.method, axis_name=None)
-        if x.ndim == 0 or x.shape[0] % here:
-            raise ValueError(f"Ghost: {here} groups do not divide a batch of shape {x.shape}.")
-        mask = groups.samples_of_mask(checks.mask("Ghost", mask, x.shape), x)
-        inputs = jax.tree.map(lambda a: place(a, (spec(x)[0], *spec(a)[1:]), like=x), inputs)
-        parts = jax.tree.map(lambda a: groups.split(a, 0, here), (x, mask, inputs))
-        if keys is not None:
-            keys = place(keys, (spec(parts[0])[0], *spec(keys)[1:]), like=x)
+    here = number // devices
+    method = method if devices == 1 else dataclasses.replace(method, axis_name=None)
+    if x.ndim == 0 or x.shape[0] % here != 0:
+        hint = f" {groups.pad_and_mask(-x.shape[0] % here)}" if x.ndim else ""
+        raise ValueError(f"Ghost: {here} groups do not divide a batch of shape {x.shape}.{hint}")
+    mask = groups.samples_of_mask(checks.mask("Ghost", mask, x.shape), x)
+    inputs = jax.tree.map(lambda a: place(a, (spec(x)[0], *spec(a)[1:]), like=x), inputs)
+    parts = jax.tree.map(lambda a: groups.split(a, 0, here), (x, mask, inputs))
+    if keys is not None:
+        keys = place(keys, (spec(parts[0])[0], *spec(keys)[1:]), like=x)
 
-        def run(part, key):
-            x, mask, inputs = part
-            return method.apply(params, state, x, train=True, mask=mask, key=key, **inputs)
+    def run(part, key):
+        x, mask, inputs = part
+        return method.apply(params, state, x, train=True, mask=mask, key=key, **inputs)
 
-        y, new = jax.vmap(run)(parts, keys)
-        filled = jnp.ones(here, bool) if mask is None else jnp.any(parts[1], range(1, x.ndim + 1))
-        filled, _ = align(filled, x)
-        name = axis_name if devices > 1 else None
-        new = running.average_filled(state, new, filled, name)
-        return jax.tree.map(lambda a: groups.join(a, 0, like=x), y), new
+    y, new = jax.vmap(run)(parts, keys)
+    filled = jnp.ones(here, bool) if mask is None else jnp.any(parts[1], range(1, x.ndim + 1))
+    filled, _ = align(filled, x)
+    name = axis_name if devices > 1 else None
+    new = running.average_filled(state, new, filled, name)
+    return jax.tree.map(lambda a: groups.join(a, 0, like=x), y), new
 
-    def _keys(self, key, axis_name, devices):
-        """The keys of the groups on this device, or of the one that it shares with others."""
-        if key is None or not self.random:
-            return None
-        keys = jax.random.split(key, self.groups)
-        if devices == 1:
-            return keys
-        here = max(self.groups // devices, 1)
-        first = lax.axis_index(axis_name) * self.groups // devices
-        return lax.dynamic_slice_in_dim(keys, first, here)
+
+def _keys(method, number, key, axis_name, devices):
+    """The keys of the groups on this device, or of the one that it shares with others."""
+    if key is None or not checks.is_random(method):
+        return None
+    keys = jax.random.split(key, number)
+    if devices == 1:
+        return keys
+    here = max(number // devices, 1)
+    first = lax.axis_index(axis_name) * number // devices
+    return lax.dynamic_slice_in_dim(keys, first, here)
 
 
 def _parts(method):

@@ -20,6 +20,22 @@ from normjax.core.structs import (
 from normjax.core.tracing import traced_once
 
 
+def _refuse_single_members(method, x):
+    shape = jnp.shape(x)
+    *positions, last = method._reduced(shape)
+    sizes = *(shape[i] for i in positions), shape[last] // method._groups(shape[last])
+    instead = "take fewer groups, or larger maps"
+    checks.several_values("GroupNorm", sizes, shape, method.axis_name, instead)
+
+
+def _refuse_single_positions(method, x):
+    shape = jnp.shape(x)
+    at = checks.axes("InstanceNorm", "feature_axes", method.feature_axes, shape)
+    sizes = [n for i, n in enumerate(shape) if i not in (0, *at)]
+    instead = "take GroupNorm, or larger maps"
+    checks.several_values("InstanceNorm", sizes, shape, method.axis_name, instead)
+
+
 @dataclasses.dataclass(frozen=True)
 class GroupNorm:
     """Group normalization: statistics of each sample over a group of channels and all positions.
@@ -94,14 +110,14 @@ class GroupNorm:
         self._groups(shape[0])
         return affine_params(self, key, shape), ()
 
-    @traced_once
+    @traced_once(in_training=_refuse_single_members)
     def apply(
         self,
         params: AffineParams,
         state: tuple[()],
         x: jax.Array,
         *,
-        train: bool = True,
+        train: bool,
         mask: jax.Array | None = None,
         key: Key = None,
     ) -> tuple[jax.Array, tuple[()]]:
@@ -109,10 +125,7 @@ class GroupNorm:
         del train, key
         x, mask = passes.inputs("GroupNorm", x, mask)
         last = x.ndim - 1
-        reduced = self.reduction_axes
-        if reduced is None:
-            reduced = tuple(range(1, x.ndim)) if x.ndim > 1 else (0,)
-        reduced = checks.axes("GroupNorm", "reduction_axes", reduced, x.shape)
+        reduced = self._reduced(x.shape)
         if last not in reduced:
             raise ValueError(
                 f"GroupNorm: reduction_axes={self.reduction_axes} must include the last axis of "
@@ -125,13 +138,19 @@ class GroupNorm:
             now = self._over_devices(now)
             return passes.normalize(self, x, now.mean, now.var, _lift(params, x.ndim)), state
 
-        parts = groups.split(x, last, number)
+        parts = jax.tree.map(lambda a: groups.split(a, last, number), x)
         if mask is not None:
             mask = mask[..., None] if mask.shape[last] == 1 else groups.split(mask, last, number)
         now = self._over_devices(passes.moments(parts, (last + 1,), mask=mask))
         params = AffineParams(*(None if a is None else groups.split(a, 0, number) for a in params))
         y = passes.normalize(self, parts, now.mean, now.var, _lift(params, parts.ndim))
-        return groups.join(y, last, like=x), state
+        return groups.join(y, last, like=x.value), state
+
+    def _reduced(self, shape):
+        reduced = self.reduction_axes
+        if reduced is None:
+            reduced = tuple(range(1, len(shape))) if len(shape) > 1 else (0,)
+        return checks.axes("GroupNorm", "reduction_axes", reduced, shape)
 
     def _over_devices(self, now):
         if self.axis_name is None:
@@ -214,14 +233,14 @@ class InstanceNorm:
         """Scale and bias (`param_dtype`) of the shape of the feature axes; no state."""
         return affine_params(self, key, checks.features("InstanceNorm", features)), ()
 
-    @traced_once
+    @traced_once(in_training=_refuse_single_positions)
     def apply(
         self,
         params: AffineParams,
         state: tuple[()],
         x: jax.Array,
         *,
-        train: bool = True,
+        train: bool,
         mask: jax.Array | None = None,
         key: Key = None,
     ) -> tuple[jax.Array, tuple[()]]:

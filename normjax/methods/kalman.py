@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax.core import checks, groups, passes, propagate, running, sync
-from normjax.core.linear import align, place, spec
+from normjax.core.sharding import align, place, spec
 from normjax.core.structs import (
     AffineParams,
     Features,
@@ -137,6 +137,7 @@ class KalmanNorm(BatchNorm):
       axis_name, activation: as in `BatchNorm`.
       axis_index_groups: must be None: `groups` makes them.
       running_average, unbiased_running_var, skip_nonfinite: as in `BatchNorm`.
+      constant_statistics: hold the fused mean and variance constant in the backward pass.
 
     Raises:
       ValueError: for a field outside its range or fields that contradict each other; in `apply`,
@@ -258,8 +259,14 @@ class KalmanNorm(BatchNorm):
         here = self._groups_here(x, at, devices)
         parts, valid = x, mask
         if here > 1:
-            both = x, groups.samples_of_mask(mask, x)
+            both = x, groups.samples_of_mask(mask, x.value)
             parts, valid = jax.tree.map(lambda a: groups.split(a, 0, here), both)
+
+        if prior is None:
+            lone = None if self.groups > 1 and self.groups >= devices else self.axis_name
+            sizes = [parts.shape[i + (here > 1)] for i in others]
+            instead = "give a prior, or more samples or positions, or evaluate"
+            checks.several_values(type(self).__name__, sizes, x.shape, lone, instead)
 
         def lift(a, grouped):
             """[features] or [groups, features] shaped as statistics, or as those of groups."""
@@ -285,8 +292,9 @@ class KalmanNorm(BatchNorm):
         mine = self._own_groups(fused, here, devices) if together else fused
         small = params.scale, params.bias
         lifted = AffineParams(*(None if a is None else lift(a, here > 1) for a in small))
-        y = passes.normalize(self, parts, mine.mean, mine.var, lifted)
-        y = groups.join(y, 0, like=x) if here > 1 else y
+        seen = self._statistics(mine)
+        y = passes.normalize(self, parts, seen.mean, seen.var, lifted)
+        y = groups.join(y, 0, like=x.value) if here > 1 else y
 
         def flat(tree, grouped):
             axes = tuple(i + grouped for i in others)
@@ -437,7 +445,7 @@ class KalmanNorm(BatchNorm):
         axis_name = None
         if devices > 1:
             axis_name = self.axis_name
-            counts, _ = align(counts, x)
+            counts, _ = align(counts, x.value)
         if self.running_group == "first":
             number = jnp.arange(len(counts))
             if devices > 1:

@@ -34,6 +34,14 @@ def _apply(method, params, x, mask, *, centred):
     return passes.normalize(method, x, now.mean if centred else None, now.var, params)
 
 
+def _refuse_single_features(method, x):
+    name, shape = type(method).__name__, jnp.shape(x)
+    reduced = checks.axes(name, "reduction_axes", method.reduction_axes, shape)
+    instead = "take statistics over more axes (reduction_axes), or normalize another axis"
+    sizes = [shape[i] for i in reduced]
+    checks.several_values(name, sizes, shape, method.axis_name, instead)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerNorm:
     """Layer normalization: `(x - mean) / sqrt(var + epsilon) * scale + bias` within each sample.
@@ -96,14 +104,14 @@ class LayerNorm:
         """Scale and bias (`param_dtype`) of the shape of the feature axes; no state."""
         return affine_params(self, key, checks.features("LayerNorm", features)), ()
 
-    @traced_once
+    @traced_once(in_training=_refuse_single_features)
     def apply(
         self,
         params: AffineParams,
         state: tuple[()],
         x: jax.Array,
         *,
-        train: bool = True,
+        train: bool,
         mask: jax.Array | None = None,
         key: Key = None,
     ) -> tuple[jax.Array, tuple[()]]:
@@ -178,7 +186,7 @@ class RMSNorm:
         state: tuple[()],
         x: jax.Array,
         *,
-        train: bool = True,
+        train: bool,
         mask: jax.Array | None = None,
         key: Key = None,
     ) -> tuple[jax.Array, tuple[()]]:

@@ -17,7 +17,8 @@ from jax import lax
 from jax.scipy.special import betaln, gammaln
 
 from normjax.core import checks, passes, sync
-from normjax.core.linear import fence, place, spec
+from normjax.core.cpu import fence
+from normjax.core.sharding import place, spec
 from normjax.core.structs import Axes, AxisName, Features, Key, Moments
 from normjax.core.tracing import traced_once
 
@@ -171,7 +172,7 @@ class GhostNoise:
         positions = checks.samples_first(name, at, x.shape)
         _check_state(name, self, state)
         if not train:
-            return x.astype(passes.output_dtype(self.dtype, x)), state
+            return x.value.astype(passes.output_dtype(self.dtype, x)), state
         check_ghosts(self, positions, x.shape)
         own = passes.moments(lax.stop_gradient(x), positions, mask=mask)
         every, first = gathered(own, self.axis_name)
@@ -391,17 +392,18 @@ def resampled(
     """
     rows, size = indices.shape
     if count is None:
-        count = counts_draws(size, len(table))
+        count = counts_draws(size, table.shape[0])
     if share is not None or not count:
         return gather_each(table, lambda k: indices[:, k], size, share)
-    counts = jnp.zeros((rows, len(table)), table.dtype)
+    counts = jnp.zeros((rows, table.shape[0]), table.dtype)
     counts = counts.at[jnp.arange(rows, dtype=indices.dtype)[:, None], indices].add(1)
     return jnp.tensordot(counts, table, 1, precision=lax.Precision.HIGHEST)
 
 
 def counts_draws(size: int, samples: int) -> bool:
     """Whether sums over ghosts of `size` of so many samples come from a product with counts."""
-    return size**2 > MANY * samples
+    # Of a batch of unknown size the draws are gathered.
+    return isinstance(samples, int) and size**2 > MANY * samples
 
 
 def gather_each(
@@ -588,7 +590,7 @@ class AnalyticGhostNoise:
         positions = checks.samples_first(name, at, x.shape)
         _check_state(name, self, state)
         if not train:
-            return x.astype(passes.output_dtype(self.dtype, x)), state
+            return x.value.astype(passes.output_dtype(self.dtype, x)), state
         if self.shift_unit != "one" and not positions:
             raise ValueError(
                 f"{name}: shift_unit={self.shift_unit!r}, but an input of shape {x.shape} has no "
@@ -602,14 +604,17 @@ class AnalyticGhostNoise:
             unit = unit if self.shift_unit.endswith("differentiated") else lax.stop_gradient(unit)
         shape = tuple(n if i in (0, *at) else 1 for i, n in enumerate(x.shape))
         normal, chi2 = draw_analytic(self, checks.need_key(name, key), shape, dtype)
+        parts = spec(x.value)
         normal, chi2 = (
-            place(a, tuple(n if i in (0, *at) else None for i, n in enumerate(spec(x))), like=x)
+            place(a, tuple(n if i in (0, *at) else None for i, n in enumerate(parts)), like=x.value)
             for a in (normal, chi2)
         )
         strength = _strength_at(self.strength, state.count, dtype)
         shift, scale = analytic_noise(self, normal, chi2, unit, strength)
-        used = jnp.ones((), bool) if mask is None else jnp.any(mask)
-        if mask is not None and self.axis_name is not None and state.count is not None:
+        empty = 0 in x.shape
+        used = jnp.full((), not empty) if mask is None else jnp.any(mask)
+        unsure = mask is not None or empty
+        if unsure and self.axis_name is not None and state.count is not None:
             used = lax.psum(used.astype(jnp.float32), self.axis_name) > 0
         return passes.affine(x, shift, 1 / scale, dtype=self.dtype), _advanced(state, used)
 

@@ -72,7 +72,7 @@ class Affine:
         state: tuple[()],
         x: jax.Array,
         *,
-        train: bool = True,
+        train: bool,
         mask: jax.Array | None = None,
         key: Key = None,
     ) -> tuple[jax.Array, tuple[()]]:
@@ -83,10 +83,10 @@ class Affine:
         checks.match("Affine", "axis", at, x.shape, params)
         others = tuple(i for i in range(x.ndim) if i not in at)
         shape = tuple(n if i in at else 1 for i, n in enumerate(x.shape))
-        zero, one = jnp.zeros(shape, passes.wide(x.dtype)), jnp.ones(shape, passes.wide(x.dtype))
+        one = jnp.ones(shape, passes.wide(x.dtype))
         scale, bias = (None if a is None else jnp.expand_dims(a, others) for a in params)
         gain = one if scale is None else scale
-        y = passes.affine(x, zero, gain, bias, activation=self.activation, dtype=self.dtype)
+        y = passes.affine(x, None, gain, bias, activation=self.activation, dtype=self.dtype)
         return y, state
 
 
@@ -169,7 +169,7 @@ class DynamicTanh:
         state: tuple[()],
         x: jax.Array,
         *,
-        train: bool = True,
+        train: bool,
         mask: jax.Array | None = None,
         key: Key = None,
     ) -> tuple[jax.Array, tuple[()]]:
@@ -179,7 +179,7 @@ class DynamicTanh:
         at = checks.axes("DynamicTanh", "axis", self.axis, x.shape)
         checks.match("DynamicTanh", "axis", at, x.shape, (params.scale, params.bias))
         others = tuple(i for i in range(x.ndim) if i not in at)
-        return jax.checkpoint(self._map, static_argnums=(2,))(params, x, others), state
+        return jax.checkpoint(self._map, static_argnums=(2,))(params, x.value, others), state
 
     def _map(self, params, x, others):
         dtype = passes.wide(x.dtype)

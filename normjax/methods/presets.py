@@ -12,7 +12,7 @@ from normjax.core.structs import AffineParams, Features, Key, Moments, Running
 from normjax.core.tracing import traced_once
 from normjax.methods.batch import BatchNorm
 from normjax.methods.chain import Chain
-from normjax.methods.ghost import Ghost
+from normjax.methods.ghost import apply_to_parts
 from normjax.methods.noise import Strength, check_drawing, check_ghosts, gathered, ghost_noise
 from normjax.methods.spectral import SpectralBatchNorm
 
@@ -69,7 +69,7 @@ class SpatialSpectralBatchNorm(SpectralBatchNorm):
     def chain(self) -> Chain:
         """The two methods one after the other."""
         own: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        shared = {f.name: own[f.name] for f in dataclasses.fields(BatchNorm)}
+        shared = {f.name: own[f.name] for f in dataclasses.fields(BatchNorm) if f.name in own}
         shared["activation"] = None
         return Chain((BatchNorm(**shared), SpectralBatchNorm(**own)))
 
@@ -92,7 +92,7 @@ class GhostBatchNorm(BatchNorm):
         either whole parts lie on a device or whole devices share a part.
       axis_index_groups: must be None: `ghost_batch_size` makes the groups.
       activation: as in `BatchNorm`.
-      running_average, unbiased_running_var, skip_nonfinite: as in `BatchNorm`.
+      running_average, unbiased_running_var, skip_nonfinite, constant_statistics: as in `BatchNorm`.
 
     Raises:
       ValueError: for parts that do not fit the batch and the devices or are single values, and as
@@ -128,7 +128,8 @@ class GhostBatchNorm(BatchNorm):
     ) -> tuple[jax.Array, Running]:
         """Normalizes each part with its own statistics (`train=True`); see `BatchNorm.apply`."""
         name = type(self).__name__
-        x, mask = passes.inputs(name, x, mask)
+        x = checks.real(name, x)
+        mask = checks.mask(name, mask, x.shape)
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(BatchNorm)}
         method = BatchNorm(**own)
         if not train:
@@ -143,7 +144,7 @@ class GhostBatchNorm(BatchNorm):
                 "single values, whose variance is zero."
             )
         parts = len(shared) if shared else here * devices
-        return Ghost(method, parts).apply(params, state, x, train=True, mask=mask, key=key)
+        return apply_to_parts(method, parts, params, state, x, mask, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ class EvalNorm(GhostBatchNorm):
       axis, momentum, epsilon, use_scale, use_bias: as in `BatchNorm`; the samples lie on axis 0.
       scale_init, bias_init, dtype, param_dtype: as in `BatchNorm`.
       axis_name, axis_index_groups, activation: as in `GhostBatchNorm`.
-      running_average, unbiased_running_var, skip_nonfinite: as in `BatchNorm`.
+      running_average, unbiased_running_var, skip_nonfinite, constant_statistics: as in `BatchNorm`.
 
     Raises:
       ValueError: as `GhostBatchNorm`, and without `ghost_batch_size`.
@@ -242,7 +243,7 @@ class GhostNoiseBatchNorm(BatchNorm):
       axis_name, activation: as in `BatchNorm`; ghosts are drawn from the batch of all devices, for
         which all need the same key.
       axis_index_groups: must be None.
-      running_average, unbiased_running_var, skip_nonfinite: as in `BatchNorm`.
+      running_average, unbiased_running_var, skip_nonfinite, constant_statistics: as in `BatchNorm`.
 
     Raises:
       ValueError: as `BatchNorm` and `GhostNoise`.
@@ -285,13 +286,14 @@ class GhostNoiseBatchNorm(BatchNorm):
         own = passes.moments(x, positions, mask=mask)
         every, first = gathered(own, self.axis_name)
         now = Moments(*(a[None] for a in sync.merge(every)))
-        inverse = lax.rsqrt(now.var + self.epsilon)
+        inverse = passes.inverse_deviation(now.var, self.epsilon)
 
         def normalized(part):
             return Moments(
                 part.count, (part.mean - now.mean) * inverse, part.var * jnp.square(inverse)
             )
 
+        now = self._statistics(now)
         both = normalized(every), normalized(now)
         draw = ghost_noise(
             self, self.noise_epsilon, *both, key, state.count, masked=mask is not None

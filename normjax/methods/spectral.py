@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from normjax.core import checks, passes, running, spectra, sync
 from normjax.core.activation import activate
-from normjax.core.linear import sums_p
+from normjax.core.cpu import sums_p
 from normjax.core.structs import (
     AffineParams,
     Axes,
@@ -247,6 +247,9 @@ class SpectralBatchNorm:
             spectrum = self._spectrum(x, layout)
             return self._normalize(x, spectrum, mean, var, params, layout), state
 
+        over = layout.batch if self.statistics == "frequency" else layout.batch + layout.spatial
+        instead = "give more samples, or evaluate"
+        checks.several_values(name, [x.shape[i] for i in over], x.shape, self.axis_name, instead)
         batch = functools.partial(self._batch, layout=layout)
         if self._route(layout) != "spatial":
             # The many numbers of a spectrum's statistics are cheaper made again than kept.
@@ -280,7 +283,7 @@ class SpectralBatchNorm:
 
     def _spectrum(self, x, layout):
         route = self._route(layout)
-        return None if route == "spatial" else spectra.forward(x, layout, route)
+        return None if route == "spatial" else spectra.forward(x.value, layout, route)
 
     def _batch(self, params, x, spectrum, mask, layout):
         """Output, moments of the batch, and those of each group of devices."""
@@ -378,7 +381,7 @@ class SpectralBatchNorm:
         mean = mean.astype(dtype)
         if not self._half() and self.statistics != "frequency":  # the mean of a full plane is real
             mean = jnp.stack([mean[0], jnp.zeros_like(mean[1])])
-        gain = lax.rsqrt(var.astype(dtype) + self.epsilon)[None]
+        gain = passes.inverse_deviation(var.astype(dtype), self.epsilon)[None]
         gain = gain if scale is None else gain * scale
         bias = jnp.zeros_like(gain[:, :1]) if bias is None else bias
         bias = jnp.concatenate([bias, jnp.zeros_like(bias)])

@@ -32,7 +32,7 @@ class GroupNormTest(parameterized.TestCase):
     @parameterized.product(
         case=(
             dict(shape=(3, 6), features=6, num_groups=2),
-            dict(shape=(1, 1, 4), features=4, num_groups=4, use_bias=False, epsilon=0.01),
+            dict(shape=(1, 2, 4), features=4, num_groups=4, use_bias=False, epsilon=0.01),
             dict(shape=(2, 3, 1, 6), features=6, num_groups=None, group_size=2, epsilon=1e-3),
             dict(shape=(2, 3, 4, 6), features=6, num_groups=3, reduction_axes=(2, 3)),
             dict(shape=(2, 3, 6), features=6, num_groups=3, reduction_axes=-1, use_scale=False),
@@ -139,7 +139,7 @@ class InstanceNormTest(parameterized.TestCase):
     @parameterized.product(
         case=(
             dict(shape=(3, 5, 4), features=4),
-            dict(shape=(1, 1, 1), features=1),
+            dict(shape=(1, 2, 1), features=1),
             dict(shape=(2, 3, 4, 5), features=3, feature_axes=1, use_bias=False),
             dict(shape=(2, 3, 4, 5), features=(3, 5), feature_axes=(1, -1), use_scale=False),
             dict(shape=(2, 3, 4), features=4, activation=jax.nn.relu, epsilon=1e-3),
@@ -164,10 +164,10 @@ class InstanceNormTest(parameterized.TestCase):
         z, _, expected = run(ghost, params, state, x, cotangent=x)
         close((y, grads), (z, expected), TOLERANCE["float32"])
 
-    def test_single_position_is_the_bias(self):
+    def test_single_position_is_the_bias_in_evaluation(self):
         x = draw(0, 3, 1, 5)
         params, state = variables(nj.InstanceNorm(), 5)
-        y, _, grads = run(nj.InstanceNorm(), params, state, x, cotangent=x)
+        y, _, grads = run(nj.InstanceNorm(), params, state, x, cotangent=x, train=False)
         close(y, np.broadcast_to(params.bias, y.shape), 0)
         chex.assert_tree_all_finite(grads)
 

@@ -16,7 +16,7 @@ import normjax as nj
 KEY = jax.random.key(0)
 AXES = (
     dict(shape=(6, 5), features=5),
-    dict(shape=(1, 1), features=1),
+    dict(shape=(1, 2), features=2),
     dict(shape=(3, 1, 4), features=4),
     dict(shape=(2, 3, 4, 5), features=5, reduction_axes=(1, 2, 3)),
     dict(shape=(2, 3, 4, 5), features=(3, 4, 5), reduction_axes=(1, 2, 3), feature_axes=(1, 2, 3)),

@@ -252,7 +252,7 @@ class NoiseTest(parameterized.TestCase):
             def apart(params, x):
                 z, new = plain.apply(nj.AffineParams(), state, x, train=True)
                 z = noisy(nj.GhostNoise(**fields), z)
-                return nj.Affine().apply(params, (), z)[0], new
+                return nj.Affine().apply(params, (), z, train=True)[0], new
 
             whole = lambda p, x: fused.apply(p, state, x, train=True, key=KEY)
             (y, pull, new), (z, push, old) = (

@@ -1,0 +1,47 @@
+"""Where arrays lie: specs over Explicit meshes, and the manual axes of shard_map."""
+
+from typing import Any
+
+import jax
+from jax import lax
+from jax.interpreters import ad
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def align(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Gives all arrays the same varying manual axes, so that transposes need no case for them."""
+    axes = frozenset().union(*map(varying, arrays))
+    return tuple(
+        lax.pcast(a, tuple(axes - varying(a)), to="varying") if axes - varying(a) else a
+        for a in arrays
+    )
+
+
+def varying(a: jax.Array) -> frozenset[str]:
+    """The manual mesh axes over which `a` varies."""
+    return frozenset(getattr(jax.typeof(a).manual_axis_type, "varying", ()))
+
+
+def spec(a: Any) -> tuple[Any, ...]:
+    """For each axis of `a` the Explicit mesh axes over which it is sharded, or None."""
+    kind = _kind(a)
+    return tuple(kind.sharding.spec) + (None,) * (kind.ndim - len(kind.sharding.spec))
+
+
+def place(a: jax.Array, parts: tuple[Any, ...], like: Any) -> jax.Array:
+    """`a` sharded as `parts` say over the Explicit mesh of `like`, or its own if that has none."""
+    if spec(a) == parts:
+        return a
+    mesh = _kind(like).sharding.mesh
+    mesh = _kind(a).sharding.mesh if mesh.empty else mesh
+    return jax.sharding.reshard(a, NamedSharding(mesh, PartitionSpec(*parts)))
+
+
+def place_like(a: jax.Array, x: jax.Array) -> jax.Array:
+    """`a`, which has the rank of `x` and broadcasts to it, sharded as `x` where it is as large."""
+    sizes = zip(a.shape, x.shape, spec(x), strict=True)
+    return place(a, tuple(part if n == m != 1 else None for n, m, part in sizes), like=x)
+
+
+def _kind(a):
+    return a.aval if ad.is_undefined_primal(a) else jax.typeof(a)

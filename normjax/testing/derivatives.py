@@ -1,0 +1,207 @@
+"""Derivatives without an oracle: J and its transpose are adjoint, and J is the slope.
+
+A wrong transpose breaks the first, a wrong tangent the second, whoever wrote the rule.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from normjax.testing.measure import EXACT, jit
+from normjax.testing.subject import Subject
+
+LOOPS = ("scan", "while", "cond")
+STEP = 1e-5  # of the central difference: half the digits of float64, and its square of the others
+
+
+def adjoint_gap(function: Callable, *point: Any, seed: int = 0) -> float:
+    """How far `<v, J u>` and `<J' v, u>` differ, relative to the larger, for random u and v.
+
+    J is the Jacobian of `function` at `point`, forward and in reverse. Use it in float64, where it
+    is about 1e-15.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> with jax.enable_x64(True):
+      ...     adjoint_gap(jnp.sin, jnp.arange(3.0)) < 1e-12
+      True
+    """
+    return _gaps(function, point, seed)[0]
+
+
+def slope_gap(function: Callable, *point: Any, seed: int = 0) -> float:
+    """How far `J u` is from the central difference along u, relative to the larger, for random u.
+
+    What goes through `lax.stop_gradient` is constant in the difference, as it is for J. Use it in
+    float64, where it is 1e-9 to 1e-7.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> with jax.enable_x64(True):
+      ...     slope_gap(lambda x: jnp.sin(x) * jax.lax.stop_gradient(x), jnp.arange(3.0)) < 1e-7
+      True
+    """
+    return _gaps(function, point, seed)[1]
+
+
+def _gaps(function, point, seed=0):
+    """The gap of the adjoints, and that of the slope, from one program."""
+    u, v = _directions(function, point, seed)
+
+    def everything(point, u, v):
+        moved = jax.jvp(function, point, u)[1]
+        return moved, jax.vjp(function, *point)[1](v), _difference(function, point, u)
+
+    moved, pulled, slope = jit(everything)(point, u, v)
+    forward, reverse = _dot(v, moved), _dot(pulled, u)
+    adjoint = abs(forward - reverse) / max(abs(forward), abs(reverse), 1)
+    pairs = zip(slope, jax.tree.leaves(moved), strict=True)
+    return adjoint, max((_relative(a, b) for a, b in pairs), default=0.0)
+
+
+def _difference(function, point, u):
+    """The central difference along `u`, as leaves; what is stopped stays as at `point`."""
+    leaves, tree = jax.tree.flatten(point)
+    flat = lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
+    program = jax.make_jaxpr(flat)(*leaves)
+    constants: list[Any] = []
+    if any(map(_stops, program.jaxpr.eqns)):
+        _walk(program.jaxpr, program.consts, leaves, _record(constants))
+
+    def end(step):
+        moved = [a + step * b for a, b in zip(leaves, jax.tree.leaves(u), strict=True)]
+        return _walk(program.jaxpr, program.consts, moved, _replay(constants))
+
+    ends = lax.map(end, jnp.array([STEP, -STEP]))
+    return [(a[0] - a[1]) / (2 * STEP) for a in ends]
+
+
+def _directions(function, point, seed):
+    """Random tangents of `point` and cotangents of what `function` makes of it."""
+    rng = np.random.default_rng(seed)
+    random = lambda tree: jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), tree)
+    return random(point), random(jax.eval_shape(function, *point))
+
+
+def _dot(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(float(np.vdot(i, j)) for i, j in pairs)
+
+
+def _relative(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    size = max(np.max(np.abs(a), initial=0), np.max(np.abs(b), initial=0), 1)
+    gap = np.max(np.abs(a - b), initial=0) / size
+    return float("inf") if np.isnan(gap) else float(gap)
+
+
+def _record(constants):
+    def visit(a):
+        constants.append(a)
+        return a
+
+    return visit
+
+
+def _replay(constants):
+    values = iter(constants)
+    return lambda _: next(values)
+
+
+def _walk(jaxpr, consts, args, visit):
+    """Evaluates `jaxpr` with `visit(value)` in place of every `stop_gradient`."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    read = lambda v: v.val if isinstance(v, Literal) else values[v]
+    for eqn in jaxpr.eqns:
+        given = [read(v) for v in eqn.invars]
+        inner = _called(eqn)
+        if eqn.primitive.name == "stop_gradient":
+            out = [visit(*given)]
+        elif not _stops(eqn):
+            out = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
+            out = out if eqn.primitive.multiple_results else [out]
+        elif inner is not None:
+            out = _walk(*inner, given, visit)
+        else:
+            raise NotImplementedError(f"stop_gradient inside of {eqn.primitive}")
+        values.update(zip(eqn.outvars, out, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _called(eqn):
+    """Program and constants of what an equation calls once with its own inputs, or None."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = eqn.params.get(name)
+        if isinstance(inner, ClosedJaxpr | Jaxpr) and eqn.primitive.name not in LOOPS:
+            return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+    return None
+
+
+def _stops(eqn):
+    """Whether there is a `stop_gradient` inside of an equation."""
+    return eqn.primitive.name == "stop_gradient" or any(
+        _stops(inner) for jaxpr in _inside(eqn.params.values()) for inner in jaxpr.eqns
+    )
+
+
+def _inside(values):
+    for value in values:
+        if isinstance(value, ClosedJaxpr | Jaxpr):
+            yield getattr(value, "jaxpr", value)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            yield from _inside(value)
+
+
+def check(subject: Subject) -> None:
+    """Of output and new state, and of the gradient: adjoint and slope, masked and not."""
+    with jax.enable_x64(True):
+        params, state = subject.variables(jnp.float64)
+        x, rows = subject.inputs(jnp.float64), subject.rows()
+        weight = subject.inputs(jnp.float64, seed=8)
+        for mask in (None, rows):
+            data = x if mask is None else jnp.where(mask, x, jnp.nan)
+
+            def output(params, state, x, mask=mask):
+                y, new = subject.apply(params, state, x, mask)
+                return y if mask is None else jnp.where(mask, y, 0), new
+
+            def loss(params, state, x, output=output):
+                return jnp.sum(jnp.sin(output(params, state, x)[0]) * weight)
+
+            gradient = jax.grad(loss, (0, 2))
+            what = "with a mask" if mask is not None else "without a mask"
+            for name, function in (("apply", output), ("its gradient", gradient)):
+                adjoint, slope = _gaps(function, (params, state, data))
+                assert adjoint <= 1e-11, f"{name} {what}: J and J' differ by {adjoint:.2g}"
+                assert slope <= 1e-6, f"{name} {what}: J and the slope differ by {slope:.2g}"
+
+
+def check_transforms(subject: Subject) -> None:
+    """Ensembles by vmap and steps by scan give the state, output and gradient of calls alone."""
+    with jax.enable_x64(True):
+        params, state = subject.variables(jnp.float64)
+        batches = jnp.stack([subject.inputs(jnp.float64, seed) for seed in (2, 3, 4)])
+
+        def call(params, state, x):
+            y, new = subject.apply(params, state, x)
+            return jnp.sum(jnp.sin(y)), (y, new)
+
+        step = jit(jax.value_and_grad(call, (0, 2), has_aux=True))
+        carry, outputs = state, []
+        for x in batches:
+            (_, (y, carry)), _ = step(params, carry, x)
+            outputs.append(y)
+        scanned = jit(lambda s, xs: lax.scan(lambda s, x: subject.apply(params, s, x)[::-1], s, xs))
+        chex.assert_trees_all_close(scanned(state, batches), (carry, jnp.stack(outputs)), **EXACT)
+
+        copies = jax.tree.map(lambda a: jnp.stack([a, 2 * a, a + 1]), (params, state))
+        together = jit(jax.vmap(jax.value_and_grad(call, (0, 2), has_aux=True)))(*copies, batches)
+        for i in range(3):
+            pick = lambda tree, i=i: jax.tree.map(lambda a: a[i], tree)
+            chex.assert_trees_all_close(pick(together), step(*pick(copies), batches[i]), **EXACT)
