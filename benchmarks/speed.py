@@ -150,7 +150,7 @@ def measure(
     key = jax.random.key(2)
     row: dict[str, Any] = {"method": method, "shape": list(shape), "dtype": dtype}
     turns: dict[str, Callable[[], float]] = {}
-    for name, (variables, apply) in _programs(method, shape[1:-1], shape[-1]).items():
+    for name, (variables, apply) in programs(method, shape[1:-1], shape[-1]).items():
 
         def step(variables, x, g, key, apply=apply):
             (y, new), pullback = jax.vjp(lambda v, x: apply(v, x, key), variables, x)
@@ -193,8 +193,14 @@ def _static(compiled):
     return compiled.cost_analysis()["bytes accessed"], compiled.memory_analysis().temp_size_in_bytes
 
 
-def _programs(method, sizes, channels):
-    """Variables and `apply(variables, x, key) -> (y, new statistics)` of normjax and its peers."""
+def programs(method: str, sizes: tuple[int, ...], channels: int) -> dict[str, tuple[Any, Callable]]:
+    """Variables and `apply(variables, x, key) -> (y, new statistics)` of normjax and its peers.
+
+    Args:
+      method: a key of `CASES`.
+      sizes: of the positions of a sample.
+      channels: number of channels.
+    """
     import jax
     import jax.numpy as jnp
     from flax import linen as nn
@@ -225,7 +231,7 @@ def _programs(method, sizes, channels):
     kind = method if hasattr(nn, method) else "BatchNorm"
     switch = {"use_running_average": False} if kind == "BatchNorm" else {}
     theirs = getattr(nn, kind)(**switch)
-    variables = theirs.init(jax.random.key(0), jnp.ones((2, 2, 2, channels)))
+    variables = jax.jit(theirs.init)(jax.random.key(0), jnp.ones((2, 2, 2, channels)))
     after = jax.nn.relu if method == "BatchNorm, relu" else lambda y: y
 
     def flax(variables, x, key):
@@ -240,14 +246,15 @@ def _programs(method, sizes, channels):
         y, new = flax(variables, x, key)
         return nn.Dropout(0.1, deterministic=False).apply({}, y, rngs={"dropout": key}), new
 
-    programs = {"normjax": (ours.init(None, channels), normjax), "flax": (variables, flax)}
+    found = {"normjax": (ours.init(None, channels), normjax), "flax": (variables, flax)}
     if checks.is_random(ours):
-        programs["flax_dropout"] = variables, dropout
+        found["flax_dropout"] = variables, dropout
     if isinstance(ours, nj.SpectralBatchNorm):
-        params = jnp.ones(channels), jnp.zeros(channels)
-        programs["plain_fft"] = params, functools.partial(_plain_fft, ours)
-        programs["fft_pair"] = params, functools.partial(_plain_fft, None)
-    return programs
+        one = (1, 1, 1, channels)
+        params = jnp.ones(one), jnp.zeros(one)
+        found["plain_fft"] = params, functools.partial(_plain_fft, ours)
+        found["fft_pair"] = params, functools.partial(_plain_fft, None)
+    return found
 
 
 def _plain_fft(method, variables, x, key):
