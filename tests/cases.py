@@ -1,10 +1,20 @@
 """The table: one line per method and variant buys every check of the contract."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 
 import normjax as nj
 from normjax.testing import Subject
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(Subject):
+    """A line of the table; what is a fast test in which tier says test_contract.py."""
+
+    tier: int = 1
 
 
 def prior(dtype, features):
@@ -15,83 +25,84 @@ def prior(dtype, features):
 
 
 MAPS = {"masks_positions": False}
+variant = functools.partial(Case, tier=2)
 CASES = {
-    "BatchNorm": Subject(nj.BatchNorm(momentum=0.9), (16, 3, 3, 4)),
-    "BatchNorm, features": Subject(nj.BatchNorm(), (16, 5)),
-    "BatchNorm, channels first": Subject(nj.BatchNorm(axis=1), (16, 4, 5)),
-    "BatchNorm, two axes": Subject(nj.BatchNorm(axis=(1, -1)), (16, 2, 3, 2)),
-    "BatchNorm, no affine": Subject(nj.BatchNorm(use_scale=False, use_bias=False), (16, 4)),
-    "BatchNorm, relu inside": Subject(nj.BatchNorm(activation=jax.nn.relu), (16, 3, 3, 4)),
-    "BatchNorm, debiased": Subject(nj.BatchNorm(running_average="debiased"), (16, 4)),
-    "BatchNorm, cumulative": Subject(nj.BatchNorm(running_average="cumulative"), (16, 4)),
-    "BatchNorm, unbiased, guarded": Subject(
+    "BatchNorm": Case(nj.BatchNorm(momentum=0.9), (16, 3, 3, 4)),
+    "BatchNorm, features": variant(nj.BatchNorm(), (16, 5)),
+    "BatchNorm, channels first": variant(nj.BatchNorm(axis=1), (16, 4, 5)),
+    "BatchNorm, two axes": variant(nj.BatchNorm(axis=(1, -1)), (16, 2, 3, 2)),
+    "BatchNorm, no affine": variant(nj.BatchNorm(use_scale=False, use_bias=False), (16, 4)),
+    "BatchNorm, relu inside": variant(nj.BatchNorm(activation=jax.nn.relu), (16, 3, 3, 4)),
+    "BatchNorm, debiased": variant(nj.BatchNorm(running_average="debiased"), (16, 4)),
+    "BatchNorm, cumulative": variant(nj.BatchNorm(running_average="cumulative"), (16, 4)),
+    "BatchNorm, unbiased, guarded": variant(
         nj.BatchNorm(unbiased_running_var=True, skip_nonfinite=True), (16, 4)
     ),
-    "BatchRenorm": Subject(nj.BatchRenorm(r_max=1.5, d_max=0.5), (16, 3, 3, 4)),
-    "BatchRenorm, ramps": Subject(nj.BatchRenorm(), (16, 4)),
-    "InputNorm": Subject(nj.InputNorm(scale_init=jax.nn.initializers.constant(0.1)), (16, 3, 3, 3)),
-    "LayerNorm": Subject(nj.LayerNorm(), (16, 3, 6)),
-    "LayerNorm, all axes": Subject(
+    "BatchRenorm": Case(nj.BatchRenorm(r_max=1.5, d_max=0.5), (16, 3, 3, 4)),
+    "BatchRenorm, ramps": variant(nj.BatchRenorm(), (16, 4)),
+    "InputNorm": Case(nj.InputNorm(scale_init=jax.nn.initializers.constant(0.1)), (16, 3, 3, 3)),
+    "LayerNorm": Case(nj.LayerNorm(), (16, 3, 6)),
+    "LayerNorm, all axes": variant(
         nj.LayerNorm(reduction_axes=(1, 2), feature_axes=(1, 2)), (16, 3, 4)
     ),
-    "LayerNorm, gelu inside": Subject(nj.LayerNorm(activation=jax.nn.gelu), (16, 6)),
-    "LayerNorm, feature axis elsewhere": Subject(
+    "LayerNorm, gelu inside": variant(nj.LayerNorm(activation=jax.nn.gelu), (16, 6)),
+    "LayerNorm, feature axis elsewhere": variant(
         nj.LayerNorm(reduction_axes=(1, 2), feature_axes=-1), (16, 9, 4)
     ),
-    "RMSNorm": Subject(nj.RMSNorm(), (16, 3, 6)),
-    "GroupNorm": Subject(nj.GroupNorm(2), (16, 3, 3, 4)),
-    "GroupNorm, features": Subject(nj.GroupNorm(2), (16, 16)),
-    "GroupNorm, relu inside": Subject(nj.GroupNorm(None, 2, activation=jax.nn.relu), (16, 3, 3, 4)),
-    "InstanceNorm": Subject(nj.InstanceNorm(), (16, 3, 3, 4)),
-    "Affine": Subject(nj.Affine(), (16, 4)),
-    "DynamicTanh": Subject(nj.DynamicTanh(), (16, 4)),
-    "Ghost, 4 groups": Subject(nj.Ghost(nj.BatchNorm(), groups=4), (16, 6, 4), drops_rows=False),
-    "Ghost, 8 groups": Subject(nj.Ghost(nj.BatchNorm(), groups=8), (16, 6, 4), drops_rows=False),
-    "Ghost, renorm": Subject(
+    "RMSNorm": Case(nj.RMSNorm(), (16, 3, 6)),
+    "GroupNorm": Case(nj.GroupNorm(2), (16, 3, 3, 4)),
+    "GroupNorm, features": variant(nj.GroupNorm(2), (16, 16)),
+    "GroupNorm, relu inside": variant(nj.GroupNorm(None, 2, activation=jax.nn.relu), (16, 3, 3, 4)),
+    "InstanceNorm": Case(nj.InstanceNorm(), (16, 3, 3, 4)),
+    "Affine": Case(nj.Affine(), (16, 4)),
+    "DynamicTanh": Case(nj.DynamicTanh(), (16, 4)),
+    "Ghost, 4 groups": variant(nj.Ghost(nj.BatchNorm(), groups=4), (16, 6, 4), drops_rows=False),
+    "Ghost, 8 groups": variant(nj.Ghost(nj.BatchNorm(), groups=8), (16, 6, 4), drops_rows=False),
+    "Ghost, renorm": variant(
         nj.Ghost(nj.BatchRenorm(r_max=2.0, d_max=1.0), groups=2), (16, 6, 4), drops_rows=False
     ),
-    "Ghost, random": Subject(nj.Ghost(nj.GhostNoise(2), groups=8), (32, 3, 3, 4), drops_rows=False),
-    "GhostBatchNorm": Subject(nj.GhostBatchNorm(4), (16, 6, 4), drops_rows=False),
-    "GhostBatchNorm, one part per device": Subject(
+    "Ghost, random": variant(nj.Ghost(nj.GhostNoise(2), groups=8), (32, 3, 3, 4), drops_rows=False),
+    "GhostBatchNorm": Case(nj.GhostBatchNorm(4), (16, 6, 4), drops_rows=False),
+    "GhostBatchNorm, one part per device": variant(
         nj.GhostBatchNorm(2, activation=jax.nn.relu), (16, 6, 4), drops_rows=False
     ),
-    "ExclusiveBatchNorm": Subject(nj.ExclusiveBatchNorm(), (16, 3, 3, 4)),
-    "ExclusiveBatchNorm, on one device": Subject(
+    "ExclusiveBatchNorm": Case(nj.ExclusiveBatchNorm(), (16, 3, 3, 4)),
+    "ExclusiveBatchNorm, on one device": variant(
         nj.ExclusiveBatchNorm(2, axis=1), (16, 4, 3, 3), drops_rows=False
     ),
-    "ExclusiveBatchNorm, over devices": Subject(
+    "ExclusiveBatchNorm, over devices": variant(
         nj.ExclusiveBatchNorm(8, running_average="debiased"), (16, 3, 3, 4), drops_rows=False
     ),
-    "EvalNorm": Subject(nj.EvalNorm(4), (16, 6, 4), drops_rows=False),
-    "GhostNoise": Subject(nj.GhostNoise(12), (16, 3, 3, 4)),  # many enough to be counted
-    "GhostNoise, gathered": Subject(nj.GhostNoise(2), (32, 3, 3, 4)),
-    "GhostNoise, each channel": Subject(
+    "EvalNorm": Case(nj.EvalNorm(4), (16, 6, 4), drops_rows=False),
+    "GhostNoise": Case(nj.GhostNoise(12), (16, 3, 3, 4)),  # many enough to be counted
+    "GhostNoise, gathered": variant(nj.GhostNoise(2), (32, 3, 3, 4)),
+    "GhostNoise, each channel": variant(
         nj.GhostNoise(4, independent_channels=True, axis=1), (16, 4, 3, 3)
     ),
-    "GhostNoise, effective size": Subject(
+    "GhostNoise, effective size": variant(
         nj.GhostNoise(effective_size=8.5, unbiased_scale=True), (16, 3, 3, 4)
     ),
-    "GhostNoise, partition": Subject(
+    "GhostNoise, partition": variant(
         nj.GhostNoise(4, drawing="partition", noise="scale"), (16, 3, 3, 4), drops_rows=False
     ),
-    "GhostNoise, shuffle": Subject(
+    "GhostNoise, shuffle": variant(
         nj.GhostNoise(4, drawing="shuffle", noise="shift"), (16, 3, 3, 4), drops_rows=False
     ),
-    "GhostNoise, consecutive, scheduled": Subject(
+    "GhostNoise, consecutive, scheduled": variant(
         nj.GhostNoise(4, drawing="consecutive", strength=nj.Ramp(0.0, 1.0, 0, 2)),
         (16, 3, 3, 4),
         drops_rows=False,
     ),
-    "AnalyticGhostNoise": Subject(nj.AnalyticGhostNoise(8), (16, 3, 3, 4), drops_rows=False),
-    "AnalyticGhostNoise, deviations, scheduled": Subject(
+    "AnalyticGhostNoise": Case(nj.AnalyticGhostNoise(8), (16, 3, 3, 4), drops_rows=False),
+    "AnalyticGhostNoise, deviations, scheduled": variant(
         nj.AnalyticGhostNoise(
             8, shift_unit="deviation", strength=nj.Ramp(0.0, 1.0, 0, 2), unbiased_scale=True
         ),
         (16, 3, 3, 4),
         drops_rows=False,
     ),
-    "GhostNoiseBatchNorm": Subject(nj.GhostNoiseBatchNorm(4), (16, 3, 3, 4)),
-    "GhostNoiseBatchNorm, scheduled, relu inside": Subject(
+    "GhostNoiseBatchNorm": Case(nj.GhostNoiseBatchNorm(4), (16, 3, 3, 4)),
+    "GhostNoiseBatchNorm, scheduled, relu inside": variant(
         nj.GhostNoiseBatchNorm(
             4,
             drawing="partition",
@@ -102,60 +113,60 @@ CASES = {
         (16, 3, 3, 4),
         drops_rows=False,
     ),
-    "chain, ghost noise": Subject(
+    "chain, ghost noise": variant(
         nj.chain(nj.BatchNorm(use_scale=False, use_bias=False), nj.GhostNoise(4), nj.Affine()),
         (16, 3, 3, 4),
         residual_bytes=3.1,
         roundings=3,
         collectives=2,
     ),
-    "KalmanNorm": Subject(nj.KalmanNorm(), (16, 3, 3, 4), extra=prior),
-    "KalmanNorm, without a prior": Subject(nj.KalmanNorm(running_average="debiased"), (16, 4)),
-    "KalmanNorm, learned gain, relu inside": Subject(
+    "KalmanNorm": Case(nj.KalmanNorm(), (16, 3, 3, 4), extra=prior),
+    "KalmanNorm, without a prior": variant(nj.KalmanNorm(running_average="debiased"), (16, 4)),
+    "KalmanNorm, learned gain, relu inside": variant(
         nj.KalmanNorm(gain="learned", gain_per="channel", activation=jax.nn.relu, axis=1),
         (16, 4, 3),
         extra=prior,
     ),
-    "KalmanNorm, computed gain": Subject(
+    "KalmanNorm, computed gain": variant(
         nj.KalmanNorm(gain="computed", effective_size=8.0), (16, 3, 3, 4), extra=prior
     ),
-    "KalmanNorm, groups, guarded": Subject(
+    "KalmanNorm, groups, guarded": variant(
         nj.KalmanNorm(gain=0.25, groups=8, guard=100, running_group="first", posterior="fused"),
         (16, 3, 3, 4),
         drops_rows=False,
         extra=prior,
     ),
-    "KalmanNorm, groups of devices, computed gain": Subject(
+    "KalmanNorm, groups of devices, computed gain": variant(
         nj.KalmanNorm(gain="computed", gain_per="channel", groups=2),
         (16, 3, 3, 4),
         drops_rows=False,
         extra=prior,
     ),
-    "KalmanNorm, learned transition": Subject(
+    "KalmanNorm, learned transition": variant(
         nj.KalmanNorm(transition="learned", prior_features=4),
         (16, 3, 3, 5),
         extra=lambda dtype, _: prior(dtype, 4),
     ),
-    "SpectralBatchNorm": Subject(nj.SpectralBatchNorm(), (16, 3, 4, 4), **MAPS),
-    "SpectralBatchNorm, half, public scaling": Subject(
+    "SpectralBatchNorm": Case(nj.SpectralBatchNorm(), (16, 3, 4, 4), **MAPS),
+    "SpectralBatchNorm, half, public scaling": variant(
         nj.SpectralBatchNorm(spectrum="half", fft_norm="full", unbiased_running_var=True),
         (16, 3, 4, 4),
         residual_bytes=1.15,  # two sums of each row of 32
         **MAPS,
     ),
-    "SpectralBatchNorm, volumes, channels first": Subject(
+    "SpectralBatchNorm, volumes, channels first": variant(
         nj.SpectralBatchNorm(axis=1, fft_norm="forward"), (8, 4, 2, 1, 3), **MAPS
     ),
-    "SpectralBatchNorm, frames, relu inside": Subject(
+    "SpectralBatchNorm, frames, relu inside": variant(
         nj.SpectralBatchNorm(spatial_axes=(2, 3), activation=jax.nn.relu), (8, 2, 3, 4, 4), **MAPS
     ),
-    "SpectralBatchNorm, sequences, fft": Subject(
+    "SpectralBatchNorm, sequences, fft": variant(
         nj.SpectralBatchNorm(route="fft", spectrum="half", fft_norm="backward"),
         (16, 5, 4),
         keeps_rounded=True,
         **MAPS,
     ),
-    "SpectralBatchNorm, frequency": Subject(
+    "SpectralBatchNorm, frequency": variant(
         nj.SpectralBatchNorm(statistics="frequency", map_size=(3, 8)),
         (16, 3, 8, 4),
         residual_bytes=1.25,  # the spectrum of a row of 8 has 10 numbers
@@ -163,14 +174,14 @@ CASES = {
         keeps_rounded=True,
         **MAPS,
     ),
-    "SpectralBatchNorm, ring": Subject(
+    "SpectralBatchNorm, ring": variant(
         nj.SpectralBatchNorm(statistics="ring", bands=3),
         (16, 5, 4, 4),
         residual_bytes=1.15,  # a row of 32 has 34 numbers, and each frequency some
         keeps_rounded=True,
         **MAPS,
     ),
-    "SpectralBatchNorm, behind BatchNorm": Subject(
+    "SpectralBatchNorm, behind BatchNorm": variant(
         nj.SpatialSpectralBatchNorm(),
         (16, 3, 4, 4),
         residual_bytes=2.1,
@@ -178,13 +189,13 @@ CASES = {
         collectives=2,
         **MAPS,
     ),
-    "chain": Subject(
+    "chain": Case(
         nj.chain(nj.BatchNorm(use_bias=False), nj.Affine()),
         (16, 9, 4),
         residual_bytes=2.1,
         roundings=2,
     ),
-    "chain, three": Subject(
+    "chain, three": variant(
         nj.chain(nj.LayerNorm(use_scale=False), nj.BatchNorm(use_bias=False), nj.Affine()),
         (16, 3, 4),
         residual_bytes=3.1,

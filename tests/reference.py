@@ -83,6 +83,8 @@ def gradients(method, params, state, x, cotangent, *, mask=None):
     dvar = -s / (var + method.epsilon) / 2 * (g * scale * c).sum(axes, keepdims=True)
     if type(method).__name__ == "RMSNorm":
         dmean = np.zeros_like(dmean)
+    if getattr(method, "constant_statistics", False):
+        dmean, dvar = np.zeros_like(dmean), np.zeros_like(dvar)
     dx = np.where(mask, g * scale * s + (dmean + 2 * c * dvar) / np.maximum(count, 1), 0)
 
     over = tuple(i for i, n in enumerate(leaf) if n == 1)

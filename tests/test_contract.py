@@ -5,20 +5,19 @@ from cases import CASES
 
 from normjax.testing import CHECKS
 
-LONG = ("derivatives", "devices")
+LONG = ("all devices",)
+ALSO_LONG_IN_TIER_2 = ("numbers", "derivatives", "transforms", "devices")
 
 
 def rows():
-    """All pairs; of variants of a method the long checks are marked slow.
-
-    `GhostBatchNorm` stands for `Ghost`, whose lines are variants.
-    """
-    for case in CASES:
+    """All pairs; what the tier of a line does not ask for at every push is slow."""
+    for name, case in CASES.items():
+        long = LONG if case.tier == 1 else (*LONG, *ALSO_LONG_IN_TIER_2)
         for check in CHECKS:
-            marks = [pytest.mark.slow] if "," in case and check in LONG else []
-            yield pytest.param(case, check, marks=marks, id=f"{case}-{check}")
+            marks = [pytest.mark.slow] if check in long else []
+            yield pytest.param(case, check, marks=marks, id=f"{name}-{check}")
 
 
 @pytest.mark.parametrize(("case", "check"), list(rows()))
 def test_contract(case, check):
-    CHECKS[check](CASES[case])
+    CHECKS[check](case)

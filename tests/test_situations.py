@@ -25,6 +25,7 @@ from normjax.testing import residual_bytes, with_axis_name
 METHODS = {name: case for name, case in CASES.items() if "," not in name}
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 HEADS = pytest.mark.parametrize("case", METHODS.values(), ids=METHODS)
+LEAKS = ("BatchNorm", "GroupNorm, features", "LayerNorm, gelu inside", "SpectralBatchNorm, ring")
 STATELESS = ("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "Affine", "DynamicTanh")
 
 
@@ -40,7 +41,7 @@ def loss(case, params, state, x, **how):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=[] if name in METHODS else [pytest.mark.slow], id=name)
+        pytest.param(case, marks=[] if name in LEAKS else [pytest.mark.slow], id=name)
         for name, case in CASES.items()
     ],
 )
@@ -67,9 +68,8 @@ def test_norms_without_statistics_hold_primitives_of_jax_alone_in_training_too()
         assert not any("normjax" in primitive for primitive in found), (name, found)
 
 
-@pytest.mark.parametrize("masked", (False, True))
 @EVERY
-def test_symbolic_sizes_are_exported(case, masked):
+def test_symbolic_sizes_are_exported(case):
     """The batch a multiple of eight, and where the method allows it positions of any number."""
     at = {i % len(case.shape) for i in np.atleast_1d(checks.feature_axes(case.method))}
     free = case.fits_positions and not masked_whole(case)
@@ -80,14 +80,16 @@ def test_symbolic_sizes_are_exported(case, masked):
     shape = export.symbolic_shape(", ".join(names), scope=scope)
     rows = export.symbolic_shape(", ".join(["8*b", *("1" for _ in case.shape[1:])]), scope=scope)
     params, state = case.variables()
-    mask = jax.ShapeDtypeStruct(rows, jnp.bool_) if masked else None
+    mask = jax.ShapeDtypeStruct(rows, jnp.bool_)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     for train in (True, False):
         run = lambda *a, train=train: case.apply(*a, train=train)
         made = export.export(jax.jit(run))(params, state, x, mask)
-        given = params, state, case.inputs(), case.rows() if masked else None
-        if case.shape[0] % 8 == 0:
-            chex.assert_trees_all_close(made.call(*given), run(*given), rtol=2e-5, atol=2e-5)
+        export.export(jax.jit(lambda *a, run=run: run(*a)[0]))(params, state, x)
+        if train and case.tier == 1:
+            given = params, state, case.inputs(), case.rows()
+            wanted = jax.jit(run)(*given)
+            chex.assert_trees_all_close(made.call(*given), wanted, rtol=2e-5, atol=2e-5)
 
 
 def masked_whole(case):
@@ -234,7 +236,7 @@ def test_statistics_of_single_values_are_refused_in_training(method, shape):
     with pytest.raises(ValueError, match=r"single value|over \d values"):
         jax.eval_shape(lambda x: method.apply(params, state, x, train=True), x)
     y, _ = method.apply(params, state, x, train=False)  # too, and with the same trace
-    assert y[0].shape == shape[1:] if isinstance(y, tuple) else y.shape == shape
+    assert (y[0] if isinstance(y, tuple) else y).shape == shape
 
 
 def test_single_values_over_devices_or_with_a_prior_are_no_single_values():

@@ -200,15 +200,31 @@ def test_public_module_says_what_it_is(module):
     assert defined <= set(module.__all__)
 
 
+def example_of(thing):
+    names = dict(vars(inspect.getmodule(thing)))
+    return doctest.DocTestParser().get_doctest(thing.__doc__, names, thing.__name__, None, 0)
+
+
 @pytest.mark.parametrize("thing", list(public_objects()))
-def test_public_name_has_an_example_that_runs(thing):
+def test_public_name_has_documentation_with_an_example(thing):
     text = thing.__doc__ or ""
     assert len(text) >= 40
     assert not text.startswith(f"{thing.__name__}("), "the docstring that dataclasses generate"
-    names = dict(vars(inspect.getmodule(thing)))
-    example = doctest.DocTestParser().get_doctest(text, names, thing.__name__, None, 0)
-    assert example.examples, "no example"
-    report = []
+    assert example_of(thing).examples, "no example"
+
+
+def different_examples():
+    """Public names; of those with the same example, such as a method and its modules, the first."""
+    found = {}
+    for param in public_objects():
+        source = [e.source for e in example_of(param.values[0]).examples]
+        found.setdefault("".join(source), param)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("thing", different_examples())
+def test_examples_run(thing):
+    example, report = example_of(thing), []
     failed, _ = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(
         example, out=report.append
     )

@@ -80,7 +80,8 @@ def method(name):
         case "instance_norm":
             return nj.InstanceNorm(**common)
         case "ghost_batch_norm":
-            return nj.GhostBatchNorm(config["ghost_size"], **common, **running)
+            own = {"constant_statistics": config["stop_stats_grad"]}
+            return nj.GhostBatchNorm(config["ghost_size"], **common, **running, **own)
         case "exclusive_batch_norm":
             return nj.ExclusiveBatchNorm(config["group_size"], **common, **running)
         case "eval_norm":

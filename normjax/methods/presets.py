@@ -285,7 +285,7 @@ class GhostNoiseBatchNorm(BatchNorm):
         check_ghosts(self, positions, x.shape)
         own = passes.moments(x, positions, mask=mask)
         every, first = gathered(own, self.axis_name)
-        now = Moments(*(a[None] for a in sync.merge(every)))
+        now = self._statistics(Moments(*(a[None] for a in sync.merge(every))))
         inverse = passes.inverse_deviation(now.var, self.epsilon)
 
         def normalized(part):
@@ -293,7 +293,6 @@ class GhostNoiseBatchNorm(BatchNorm):
                 part.count, (part.mean - now.mean) * inverse, part.var * jnp.square(inverse)
             )
 
-        now = self._statistics(now)
         both = normalized(every), normalized(now)
         draw = ghost_noise(
             self, self.noise_epsilon, *both, key, state.count, masked=mask is not None

@@ -58,6 +58,7 @@ class BatchNormTest(parameterized.TestCase):
             dict(shape=(7, 1), features=1, running_average="debiased", momentum=0.9),
             dict(shape=(2, 3, 4), features=4, running_average="cumulative"),
             dict(shape=(2, 6, 4), features=4, activation=jax.nn.relu, momentum=1.0),
+            dict(shape=(2, 6, 4), features=4, constant_statistics=True),
         ),
         kind=agreement.KINDS,
     )
