@@ -276,6 +276,33 @@ def half_precision_evaluation():
     return ratio(nnx), ratio(normjax.nnx)
 
 
+def half_precision_gradient():
+    """LayerNorm, bfloat16, cotangent of mean 100: gradient error over that of rounding once."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    x, g = (jnp.asarray(m + draw.standard_normal((64, 256)), jnp.bfloat16) for m in (0, 100))
+    wide, slope = (np.asarray(a, np.float64) for a in (x, g))
+    centred = wide - wide.mean(-1, keepdims=True)
+    inverse = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    z = centred * inverse
+    mean = lambda a: a.mean(-1, keepdims=True)
+    exact = inverse * (slope - mean(slope) - z * mean(slope * z))
+    rms = lambda a: np.sqrt(np.mean(a**2))
+    rounding = rms(exact.astype(x.dtype).astype(np.float64) - exact)
+
+    def ratio(library):
+        norm = library.LayerNorm()
+        variables = norm.init(jax.random.key(0), x)
+        y, pullback = jax.vjp(lambda x: norm.apply(variables, x), x)
+        (dx,) = pullback(g.astype(y.dtype))
+        return _finite(rms(np.asarray(dx, np.float64) - exact) / rounding)
+
+    return _both(ratio)
+
+
 def half_precision_output():
     """BatchNorm, bfloat16 in: dtype out."""
     import jax.numpy as jnp
@@ -328,6 +355,7 @@ MEASUREMENTS = (
     group_mask,
     explicit_groups,
     half_precision_evaluation,
+    half_precision_gradient,
     half_precision_output,
     kept_batch_norm,
     kept_layer_norm,
