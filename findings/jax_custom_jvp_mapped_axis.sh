@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# jax 0.12.0.1 (CPU): `jax.jit(jax.vmap(f))` of a `custom_jvp` function is differentiated wrongly, without an error, where the
+# jax 0.10.2 (CPU; 0.12.0.1 does the same): `jax.jit(jax.vmap(f))` of a `custom_jvp` function is differentiated wrongly, without an error, where the
 # function and its rule leave the mapped axis at different places. Both compute the same value here, 2 x; the function
 # pointwise, which leaves the mapped axis where it was (axis 1), the rule through a reshape, which moves it to the
 # front. Under jvp value and tangent come out transposed: batching takes the place of the mapped axis from the function, and
@@ -9,7 +9,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check jax==0.12.0.1 jaxlib==0.12.0.1
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check jax==0.10.2 jaxlib==0.10.2
 cat >"$folder/run.py" <<'PY'
 import jax
 import jax.numpy as jnp
