@@ -37,7 +37,7 @@ class Known:
 
     def __init__(self):
         self._entries: dict[int, tuple[Any, Moments]] = {}
-        self._calls: list[tuple[Any, bool]] = []  # of modules: the trace, whether moments go in
+        self._traces: list[Any] = []  # in which the modules that are being called were called
         self.priors: dict[str, Moments | None] = {}
 
     def get(self, x: Any) -> Moments | None:
@@ -74,8 +74,8 @@ def carry(**given: tuple[jax.Array, Moments]) -> Iterator[Known]:
       What is known; its `priors` has the prior (or None) of every Kalman norm by its path.
 
     Raises:
-      ValueError: in a model that passes known moments, or calls a Kalman norm, inside of a
-        transformation (`nn.remat`, `nn.scan`, `nn.jit`, ...) that began inside of the model.
+      ValueError: for a Kalman norm, or a layer behind one, inside of a transformation (`nn.remat`,
+        `nn.scan`, `nn.jit`, ...) that began inside of the model.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax.linen
@@ -142,7 +142,7 @@ def pointwise(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.A
 
 def _is_cut(known):
     """Whether a transformation began inside of the outermost module that is being called."""
-    traces = [trace for trace, _ in known._calls]
+    traces = known._traces
     return bool(traces) and traces[0] != get_opaque_trace_state(convention="flax")
 
 
@@ -154,8 +154,7 @@ def _follow(call, args, kwargs, context):
     method: Any = module._method() if isinstance(module, linen.Norm | linen.KalmanNorm) else None
     kalman = checks.returns_posterior(method)
     layer = type(module) in (nn.Conv, nn.Dense)
-    fed = any(fed for _, fed in known._calls)
-    if _is_cut(known) and (kalman or (layer and fed)):
+    if _is_cut(known) and (kalman or (layer and known._entries)):
         raise ValueError(
             f"carry: {'/'.join(module.path)} runs inside of a transformation (nn.remat, nn.scan, "
             "nn.jit, ...) that began inside of the model. Moments cannot pass its border, so the "
@@ -163,13 +162,13 @@ def _follow(call, args, kwargs, context):
             "transformed block, or give priors by hand."
         )
     moments = known.get(x)
-    known._calls.append((get_opaque_trace_state(convention="flax"), moments is not None))
+    known._traces.append(get_opaque_trace_state(convention="flax"))
     try:
         if kalman:
             return _call_kalman(known, call, args, kwargs, module, method)
         y = call(*args, **kwargs)
     finally:
-        known._calls.pop()
+        known._traces.pop()
     if layer and moments is not None:
         known.put(y, _through(module, moments, x.shape))
     return y

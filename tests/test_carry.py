@@ -195,7 +195,7 @@ def outputs(net, **how):
 
 
 def test_rematerialization_changes_no_value_or_says_why_it_would():
-    with pytest.raises(ValueError, match=r"a/KalmanNorm_0 .*nn\.remat.* open `carry\(\)`"):
+    with pytest.raises(ValueError, match=r"a/\w+_0 .*nn\.remat.* open `carry\(\)`"):
         outputs(Blocks(remat=True))
     (plain, priors), (again, inside) = (outputs(Blocks(remat=r, own=True)) for r in (False, True))
     chex.assert_trees_all_close(plain, again, atol=1e-6)
@@ -229,7 +229,7 @@ def test_moments_that_a_transformation_would_drop_are_missed(known):
     with carry() as found:
         if known:
             with pytest.raises(ValueError, match="Conv_0 runs inside of a transformation"):
-                Net().init(KEY, X, False)
+                Net().apply(Net().init(KEY, X, False), X, True, mutable=["batch_stats"])
         else:
             Net().init(KEY, X, False)
             assert found.priors == {"KalmanNorm_0": None}
@@ -244,8 +244,14 @@ def test_scans_of_blocks_are_refused_too():
     scanned = nn.scan(
         Step, length=2, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}
     )
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return scanned()(x, None)[0]
+
     with carry(), pytest.raises(ValueError, match=r"nn\.scan"):
-        scanned().init(KEY, X, None)
+        Net().apply(Net().init(KEY, X), X, mutable=["batch_stats"])
 
 
 def test_gradients_and_jit_around_the_model_are_no_border():

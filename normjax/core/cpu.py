@@ -1,7 +1,7 @@
 """What XLA's CPU compiler needs: a fence between passes, and sums made at once or in tiles.
 
 Other platforms lower both as if they were not there. Inside of `unfenced()` they leave no trace in
-a program at all: so are programs that nobody differentiates.
+a program at all: so are evaluation, and norms without statistics that nobody differentiates.
 """
 
 import contextlib
@@ -23,20 +23,34 @@ from jax.interpreters import ad, batching, mlir
 from normjax.core.sharding import align, spec
 
 _unfenced = contextvars.ContextVar("unfenced", default=False)
+_in_training = contextvars.ContextVar("in_training", default=False)
 
 
 @contextlib.contextmanager
-def unfenced() -> Iterator[None]:
-    """While it is open, passes are traced as JAX's own operations alone."""
-    token = _unfenced.set(True)
+def unfenced(always: bool = False) -> Iterator[None]:
+    """While it is open, passes are traced as JAX's own operations alone; not in training.
+
+    A training step is fast with fences also where it differentiates nothing. `always`: there too.
+    """
+    token = _unfenced.set(always or _unfenced.get() or not _in_training.get())
     try:
         yield
     finally:
         _unfenced.reset(token)
 
 
+@contextlib.contextmanager
+def in_training(train: bool) -> Iterator[None]:
+    """While it is open, a training step is traced, or is not."""
+    token = _in_training.set(train)
+    try:
+        yield
+    finally:
+        _in_training.reset(token)
+
+
 def is_unfenced() -> bool:
-    """Whether `unfenced()` is open."""
+    """Whether `unfenced()` holds."""
     return _unfenced.get()
 
 

@@ -85,9 +85,9 @@ def differentiated(
     """Decorator of a pass: its tangent is linear, and transposes by the given function.
 
     The pass takes arrays, None or `Input` (of which it sees the value), then `static` hashable
-    arguments. Undifferentiated it holds JAX's own primitives only. (Under `vmap` JAX takes for
-    granted that a function and its rule leave the mapped axis at the same place: batching rules of
-    `core.cpu` are those of the operations that they stand for.)
+    arguments. Undifferentiated, and not in training, it holds JAX's own primitives only. (Under
+    `vmap` JAX takes for granted that a function and its rule leave the mapped axis at the same
+    place: batching rules of `core.cpu` are those of the operations that they stand for.)
 
     Args:
       tangent: `tangent(*static, saved, tangents)`, linear in the tuple of tangents.
@@ -126,7 +126,7 @@ def differentiated(
         def run(*args):
             if not _plain.get():
                 return alone(*args)
-            with unfenced():
+            with unfenced(always=True):
                 return function(*map(_carrier, args))
 
         return run
@@ -183,7 +183,7 @@ def linear_map(fun: Callable, transpose: Callable, x: jax.Array, program: Any = 
     """
 
     def of_value_unfenced(x):
-        with unfenced():
+        with unfenced(always=_plain.get()):
             return fun(x)
 
     def rule(primals, tangents):

@@ -8,6 +8,7 @@ lie on reduced axes (layer norm).
 With c = x - mean and g the cotangent, sums over what the small arrays lack, and n the count:
 
     moments  var = sum(c^2) / n  dvar = 2 sum(c dx) / n             dx = (gmean + 2 gvar c) / n
+             (without a mean: c = x, and no gmean)
     affine   y = c a + b         dy = (dx - dmean) a + c da + db    dx = g a, da = sum(g c)
     rows     y = c r s + b       dy = ((dx - dmean) r + c dr) s + c r ds + db
                                  dx = g s r, dr = sum(g s c), ds = sum(g c r)
@@ -92,8 +93,13 @@ def moments(
         shape = [n if i in (*axes, kept) else mask.shape[i] for i, n in enumerate(x.shape)]
         count = jnp.sum(jnp.broadcast_to(mask, shape), axes, dtype=dtype, keepdims=True)
     count = _pool(count, channel_groups)
-    mean, var = _mean_var(carried(x), mask, jnp.maximum(count, 1), (axes, centred, channel_groups))
-    return Moments(jnp.broadcast_to(count, mean.shape), mean, var)
+    how, n = (axes, channel_groups), jnp.maximum(count, 1)
+    if centred:
+        mean, var = _mean_var(carried(x), mask, n, how)
+    else:
+        var = _mean_square(carried(x), mask, n, how)
+        mean = jnp.zeros_like(var)
+    return Moments(jnp.broadcast_to(count, mean.shape), *align(mean, var))
 
 
 def _pool(a, channel_groups):
@@ -106,7 +112,7 @@ def _pool(a, channel_groups):
 
 
 def _average(a, mask, n, how):
-    axes, _, channel_groups = how
+    axes, channel_groups = how
     total = jnp.sum(a if mask is None else keep(mask, a), axes, keepdims=True)
     return _pool(total, channel_groups) / n
 
@@ -117,38 +123,48 @@ def _square(x, centre, mask=None):
 
 
 def _mean_var_tangent(how, saved, tangents):
-    x, mean, mask, n = saved
-    dx = widen(*tangents)
-    centred = widen(x) if mean is None else widen(x) - mean
-    dvar = 2 * _average(centred * dx, mask, n, how)
-    return align(jnp.zeros_like(dvar) if mean is None else _average(dx, mask, n, how), dvar)
+    (x, mean, mask, n), (dx,) = saved, tangents
+    dvar = 2 * _average((widen(x) - mean) * widen(dx), mask, n, how)
+    return align(_average(widen(dx), mask, n, how), dvar)
 
 
 def _mean_var_transpose(how, saved, cotangents):
     x, mean, mask, n = saved
-    shift, slope = (_pool(c / n, how[-1]) for c in cotangents)
-    if mean is None:
-        x, slope = fence(x, 2 * slope)
-        dx = widen(x) * slope
-    else:
-        x, mean, shift, slope = fence(x, mean, shift, 2 * slope)
-        dx = (widen(x) - mean) * slope + shift
+    shift, slope = (_pool(c / n, how[1]) for c in cotangents)
+    x, mean, shift, slope = fence(x, mean, shift, 2 * slope)
+    dx = (widen(x) - mean) * slope + shift
     return (dx if mask is None else keep(mask, dx),)
 
 
-def _mean_var_saves(out, x, mask, n, how):
-    return x, out[0] if how[1] else None, mask, n
-
-
-@differentiated(_mean_var_tangent, _mean_var_transpose, static=1, moving=1, saves=_mean_var_saves)
+@differentiated(
+    _mean_var_tangent,
+    _mean_var_transpose,
+    static=1,
+    moving=1,
+    saves=lambda out, x, mask, n, how: (x, out[0], mask, n),
+)
 def _mean_var(x, mask, n, how):
-    axes, centred, channel_groups = how
-    if not centred:
-        square = _average(jnp.square(widen(*fence(x))), mask, n, how)
-        return align(jnp.zeros_like(square), square)
+    axes, channel_groups = how
     mean = _average(widen(*fence(x)), mask, n, how)
     valid = () if mask is None else (mask,)
     return mean, _pool(sum_of(_square, axes, *fence(x, mean, *valid)), channel_groups) / n
+
+
+def _mean_square_tangent(how, saved, tangents):
+    (x, mask, n), (dx,) = saved, tangents
+    return 2 * _average(widen(x) * widen(dx), mask, n, how)
+
+
+def _mean_square_transpose(how, saved, g):
+    x, mask, n = saved
+    x, slope = fence(x, 2 * _pool(g / n, how[1]))
+    dx = widen(x) * slope
+    return (dx if mask is None else keep(mask, dx),)
+
+
+@differentiated(_mean_square_tangent, _mean_square_transpose, static=1, moving=1)
+def _mean_square(x, mask, n, how):
+    return _average(jnp.square(widen(*fence(x))), mask, n, how)
 
 
 @differentiated(

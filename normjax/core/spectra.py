@@ -460,24 +460,22 @@ def rounded(
     """
     _, mean, var = (_unlisted(a, layout, members) for a in now)
     scale = jnp.sqrt(var + jnp.square(mean / 1000) + jnp.finfo(var.dtype).tiny)
+    real, imag = _zero_frequency(layout, spectrum.ndim)
     exact = (lax.stop_gradient(spectrum) - mean) / scale
-    real, imag = exact[:, :1], exact[:, 1:]
-    zero = jnp.asarray(_zero_frequency(layout, exact.ndim))
-    left = real - real.astype(dtype).astype(real.dtype)
-    distance = jnp.concatenate([real, jnp.where(zero, left, imag)], 1).astype(dtype)
-    distance = checkpoint_name(distance, "rounded").astype(spectrum.dtype)
-    real, imag = distance[:, :1], distance[:, 1:]
-    whole = jnp.concatenate([jnp.where(zero, real + imag, real), jnp.where(zero, 0, imag)], 1)
-    drop = jnp.concatenate([jnp.zeros_like(zero), zero], 1)
-    return as_if(jnp.where(drop, 0, whole * scale + mean), spectrum)
+    left = exact - exact.astype(dtype).astype(exact.dtype)
+    distance = jnp.where(imag, jnp.flip(left, 1), exact).astype(dtype)
+    distance = checkpoint_name(distance, "rounded").astype(exact.dtype)
+    distance = jnp.where(real, distance + jnp.flip(distance, 1), distance)
+    return as_if(jnp.where(imag, 0, distance * scale + mean), spectrum)
 
 
 def _zero_frequency(layout, rank):
-    """Where a spectrum [L, 1, *other spatial, ...] has the zero frequency, a boolean array."""
-    sizes = [layout.stored[-1], 1, *layout.stored[:-1], *(1,) * (rank - 1 - len(layout.spatial))]
-    zero = np.zeros(sizes, bool)
-    zero[(0,) * rank] = True
-    return zero
+    """Where a spectrum has the real, and where the imaginary part of the zero frequency."""
+    sizes = [layout.stored[-1], 2, *layout.stored[:-1], *(1,) * (rank - 1 - len(layout.spatial))]
+    zeros = np.zeros((2, *sizes), bool)
+    for i in range(2):
+        zeros[(i, 0, i, *(0,) * (rank - 2))] = True
+    return map(jnp.asarray, zeros)
 
 
 @jax.custom_jvp

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from normjax.core import checks
+from normjax.core import checks, cpu
 
 
 def traced_once(apply: Any = None, *, in_training: Callable[..., None] | None = None) -> Any:
@@ -21,7 +21,12 @@ def traced_once(apply: Any = None, *, in_training: Callable[..., None] | None = 
     """
     if apply is None:
         return functools.partial(traced_once, in_training=in_training)
-    compiled = jax.jit(apply, static_argnums=0, static_argnames="train")
+
+    @functools.partial(jax.jit, static_argnums=0, static_argnames="train")
+    @functools.wraps(apply)
+    def compiled(self, params, state, x, *, train, **how):
+        with cpu.in_training(train):
+            return apply(self, params, state, x, train=train, **how)
 
     @functools.wraps(apply)
     def run(self, params, state, x, *, train, **how):
