@@ -133,10 +133,7 @@ class Norm(nnx.Module):
         how = dict(train=not evaluate, mask=mask, key=key, **inputs)
         y, state = self.method.apply(params, state, x, **how)
         if not evaluate:
-            _map(
-                lambda path, a: self._variable(path).set_value(jax.lax.stop_gradient(a)),
-                to_dict(state),
-            )
+            _map(self._move, to_dict(state))
         return y
 
     def set_view(self, use_running_average: bool | None = None):
@@ -170,6 +167,10 @@ class Norm(nnx.Module):
         for name in path[1:]:
             value = None if value is None else value.get(name)
         return value
+
+    def _move(self, path, value):
+        variable: Any = self._variable(path)
+        variable.set_value(jax.lax.stop_gradient(value))
 
     def _values(self, tree, path=()):
         """Parameters or state as the variables are now: optional ones may come and go."""

@@ -20,7 +20,7 @@ from test_passes import primitives
 import normjax as nj
 from normjax import linen, nnx
 from normjax.core import checks, passes
-from normjax.testing import residual_bytes, with_axis_name
+from normjax.testing import count_collectives, residual_bytes, with_axis_name
 
 METHODS = {name: case for name, case in CASES.items() if "," not in name}
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -158,6 +158,29 @@ def test_statistics_over_a_manual_axis_and_channels_over_an_explicit_one(case):
         )
         got = jax.jit(mapped)(params, state, x)
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(wanted), rtol=2e-4, atol=2e-4)
+
+
+def test_collectives_are_as_many_as_the_readme_says():
+    """With a named axis one each way; under jit two forward (mean and variance) and one back."""
+    method = nj.BatchNorm()
+    params, state = method.init(None, 4)
+    x = jnp.asarray(draw(0, 16, 3, 4))
+    mesh, rows = mesh_of((AxisType.Auto,), (8,), ("batch",)), PartitionSpec("batch")
+    own = lambda a: jax.lax.pcast(a, ("batch",), to="varying")
+
+    def output(method, params, x):
+        return method.apply(params, state, x, train=True)[0]
+
+    def gradient(method, params, x):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(output(method, params, x))))(x)
+
+    named = dataclasses.replace(method, axis_name="batch")
+    for function, by_name, by_jit in ((output, 1, 2), (gradient, 2, 3)):
+        local = lambda x, f=function: f(named, jax.tree.map(own, params), x)
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows)
+        assert count_collectives(mapped, x) == by_name
+        sharded = jax.device_put(x, NamedSharding(mesh, rows))
+        assert count_collectives(functools.partial(function, method, params), sharded) == by_jit
 
 
 @pytest.mark.parametrize(

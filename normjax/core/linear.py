@@ -101,10 +101,10 @@ def differentiated(
         arrays = len(inspect.signature(function).parameters) - static
         fixed = tuple(range(arrays, arrays + static))
 
-        def of_values(*args):
+        def of_values(*args: Any) -> Any:
             return function(*map(_value, args))
 
-        def of_values_unfenced(*args):
+        def of_values_unfenced(*args: Any) -> Any:
             with unfenced():
                 return of_values(*args)
 
@@ -114,11 +114,11 @@ def differentiated(
             moved = tuple(map(_carrier, tangents[:moving]))
             values = tuple(map(_value, primals))
             saved = values if saves is None else saves(out, *values, *how)
-            maps = (functools.partial(f, *how) for f in (tangent, transpose))
-            return out, linear(*maps, saved, moved)
+            forward, back = (functools.partial(f, *how) for f in (tangent, transpose))
+            return out, linear(forward, back, saved, moved)
 
-        fenced = jax.custom_jvp(of_values, nondiff_argnums=fixed)
-        alone = jax.custom_jvp(of_values_unfenced, nondiff_argnums=fixed)
+        fenced: Any = jax.custom_jvp(of_values, nondiff_argnums=fixed)
+        alone: Any = jax.custom_jvp(of_values_unfenced, nondiff_argnums=fixed)
         fenced.defjvp(rule)
         alone.defjvp(rule)
 
@@ -187,7 +187,7 @@ def linear_map(fun: Callable, transpose: Callable, x: jax.Array, program: Any = 
             return fun(x)
 
     def rule(primals, tangents):
-        return fenced(*primals), _both_ways(fun, transpose, *tangents, program)
+        return fenced(*primals), _both_ways(fun, transpose, tangents[0], program)
 
     fenced, alone = jax.custom_jvp(fun), jax.custom_jvp(of_value_unfenced)
     fenced.defjvp(rule)

@@ -43,8 +43,8 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(wide(x.dtype))
 
 
-def inputs(name: str, x: Any, mask: Any) -> tuple[Input, jax.Array | None]:
-    """Checked input and mask; masked positions are zero, so that no gradient sees the padding."""
+def inputs(name: str, x: Any, mask: Any) -> tuple[Any, jax.Array | None]:
+    """The checked `Input` and mask; masked positions are zero: no gradient sees the padding."""
     x = checks.real(name, x)
     mask = checks.mask(name, mask, x.shape)
     return carried(x if mask is None else _drop(x, mask)), mask
@@ -53,6 +53,11 @@ def inputs(name: str, x: Any, mask: Any) -> tuple[Input, jax.Array | None]:
 def carried(x: jax.Array | Input) -> Input:
     """`x` with the carrier of its tangent, for all the passes that it meets."""
     return x if isinstance(x, Input) else Input(x, widen(x))
+
+
+def value(x: Any) -> jax.Array:
+    """The activation of an `Input`."""
+    return x.value
 
 
 def keep(mask: jax.Array, x: jax.Array) -> jax.Array:

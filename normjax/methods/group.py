@@ -144,7 +144,7 @@ class GroupNorm:
         now = self._over_devices(passes.moments(parts, (last + 1,), mask=mask))
         params = AffineParams(*(None if a is None else groups.split(a, 0, number) for a in params))
         y = passes.normalize(self, parts, now.mean, now.var, _lift(params, parts.ndim))
-        return groups.join(y, last, like=x.value), state
+        return groups.join(y, last, like=passes.value(x)), state
 
     def _reduced(self, shape):
         reduced = self.reduction_axes

@@ -259,7 +259,7 @@ class KalmanNorm(BatchNorm):
         here = self._groups_here(x, at, devices)
         parts, valid = x, mask
         if here > 1:
-            both = x, groups.samples_of_mask(mask, x.value)
+            both = x, groups.samples_of_mask(mask, passes.value(x))
             parts, valid = jax.tree.map(lambda a: groups.split(a, 0, here), both)
 
         if prior is None:
@@ -294,7 +294,7 @@ class KalmanNorm(BatchNorm):
         lifted = AffineParams(*(None if a is None else lift(a, here > 1) for a in small))
         seen = self._statistics(mine)
         y = passes.normalize(self, parts, seen.mean, seen.var, lifted)
-        y = groups.join(y, 0, like=x.value) if here > 1 else y
+        y = groups.join(y, 0, like=passes.value(x)) if here > 1 else y
 
         def flat(tree, grouped):
             axes = tuple(i + grouped for i in others)
@@ -445,7 +445,7 @@ class KalmanNorm(BatchNorm):
         axis_name = None
         if devices > 1:
             axis_name = self.axis_name
-            counts, _ = align(counts, x.value)
+            counts, _ = align(counts, passes.value(x))
         if self.running_group == "first":
             number = jnp.arange(len(counts))
             if devices > 1:

@@ -172,7 +172,7 @@ class GhostNoise:
         positions = checks.samples_first(name, at, x.shape)
         _check_state(name, self, state)
         if not train:
-            return x.value.astype(passes.output_dtype(self.dtype, x)), state
+            return passes.value(x).astype(passes.output_dtype(self.dtype, x)), state
         check_ghosts(self, positions, x.shape)
         own = passes.moments(lax.stop_gradient(x), positions, mask=mask)
         every, first = gathered(own, self.axis_name)
@@ -590,7 +590,7 @@ class AnalyticGhostNoise:
         positions = checks.samples_first(name, at, x.shape)
         _check_state(name, self, state)
         if not train:
-            return x.value.astype(passes.output_dtype(self.dtype, x)), state
+            return passes.value(x).astype(passes.output_dtype(self.dtype, x)), state
         if self.shift_unit != "one" and not positions:
             raise ValueError(
                 f"{name}: shift_unit={self.shift_unit!r}, but an input of shape {x.shape} has no "
@@ -604,9 +604,13 @@ class AnalyticGhostNoise:
             unit = unit if self.shift_unit.endswith("differentiated") else lax.stop_gradient(unit)
         shape = tuple(n if i in (0, *at) else 1 for i, n in enumerate(x.shape))
         normal, chi2 = draw_analytic(self, checks.need_key(name, key), shape, dtype)
-        parts = spec(x.value)
+        parts = spec(passes.value(x))
         normal, chi2 = (
-            place(a, tuple(n if i in (0, *at) else None for i, n in enumerate(parts)), like=x.value)
+            place(
+                a,
+                tuple(n if i in (0, *at) else None for i, n in enumerate(parts)),
+                like=passes.value(x),
+            )
             for a in (normal, chi2)
         )
         strength = _strength_at(self.strength, state.count, dtype)

@@ -179,7 +179,9 @@ class DynamicTanh:
         at = checks.axes("DynamicTanh", "axis", self.axis, x.shape)
         checks.match("DynamicTanh", "axis", at, x.shape, (params.scale, params.bias))
         others = tuple(i for i in range(x.ndim) if i not in at)
-        return jax.checkpoint(self._map, static_argnums=(2,))(params, x.value, others), state
+        return jax.checkpoint(self._map, static_argnums=(2,))(
+            params, passes.value(x), others
+        ), state
 
     def _map(self, params, x, others):
         dtype = passes.wide(x.dtype)

@@ -283,7 +283,7 @@ class SpectralBatchNorm:
 
     def _spectrum(self, x, layout):
         route = self._route(layout)
-        return None if route == "spatial" else spectra.forward(x.value, layout, route)
+        return None if route == "spatial" else spectra.forward(passes.value(x), layout, route)
 
     def _batch(self, params, x, spectrum, mask, layout):
         """Output, moments of the batch, and those of each group of devices."""

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend import core
+from jax.extend.core import Literal
 
 from normjax.testing.measure import EXACT, jit
 from normjax.testing.subject import Subject
 
+JAXPRS = (core.ClosedJaxpr, core.Jaxpr)  # pyright: ignore[reportPrivateImportUsage]
 LOOPS = ("scan", "while", "cond")
 STEP = 1e-5  # of the central difference: half the digits of float64, and its square of the others
 
@@ -138,7 +140,7 @@ def _called(eqn):
     """Program and constants of what an equation calls once with its own inputs, or None."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = eqn.params.get(name)
-        if isinstance(inner, ClosedJaxpr | Jaxpr) and eqn.primitive.name not in LOOPS:
+        if isinstance(inner, JAXPRS) and eqn.primitive.name not in LOOPS:
             return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
     return None
 
@@ -152,7 +154,7 @@ def _stops(eqn):
 
 def _inside(values):
     for value in values:
-        if isinstance(value, ClosedJaxpr | Jaxpr):
+        if isinstance(value, JAXPRS):
             yield getattr(value, "jaxpr", value)
         elif isinstance(value, Sequence) and not isinstance(value, str):
             yield from _inside(value)

@@ -84,7 +84,7 @@ def _program(subject, method, whole, reduce=lambda tree: tree, local=lambda tree
     return run
 
 
-def _mapped(subject, whole):
+def _mapped(subject, whole) -> dict[str, Any]:
     """Ways to run `_program` on all devices, by name."""
     number = jax.device_count()
     method = with_axis_name(subject.method, AXIS)

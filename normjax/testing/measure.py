@@ -10,10 +10,10 @@ EXACT = dict(rtol=1e-10, atol=1e-10)
 COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
 
 
-def residual_bytes(function: Callable, *args: jax.Array) -> float:
+def residual_bytes(function: Callable, *args: Any) -> float:
     """Bytes that reverse mode keeps across a jit boundary, per byte of the last argument.
 
-    Nothing is compiled.
+    Nothing is compiled; arguments may be `jax.ShapeDtypeStruct`s.
 
     Example:
       >>> import jax.numpy as jnp
@@ -37,7 +37,7 @@ def count_collectives(function: Callable, *args: Any) -> int:
     return len(re.findall(rf"= [^=]*\b(?:{COLLECTIVES})(?:-start)?\(", text))
 
 
-def jit(function: Callable) -> Callable:
+def jit(function: Callable) -> Any:
     """Compiled fast, not to be fast: for large programs that run once, on a few numbers."""
     cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 0} if cpu else None
