@@ -41,7 +41,7 @@ def ragged(seed, *shape, share=0.7):
 
 
 def variables(method, features, *, seed=100, count=3.0, dtype="float32"):
-    """Parameters and state of `method.init` with other values: `count` updates, the rest random."""
+    """Parameters and state as of `method.init`, but `count` updates old, and the rest random."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -54,7 +54,12 @@ def variables(method, features, *, seed=100, count=3.0, dtype="float32"):
             value = 1 + 0.3 * value
         return jnp.asarray(value, dtype)
 
-    return jax.tree.map_with_path(fill, method.init(jax.random.key(0), features))
+    return jax.tree.map_with_path(fill, shapes(method, features))
+
+
+def shapes(method, features):
+    """What `method.init` returns, without a program: shapes and dtypes."""
+    return jax.eval_shape(lambda: method.init(jax.random.key(0), features))
 
 
 @functools.partial(jax.jit, static_argnames=("method", "train"))
@@ -88,10 +93,10 @@ def check_vectors(name, **changes):
     given, tracked = (vector_files.fields(name, prefix) for prefix in ("param_", "state_0_"))
     with jax.enable_x64(dtype == "float64"):
         features = np.shape(arrays.get("param_scale", np.empty(arrays["x_1"].shape[-1])))
-        params, state = method.init(jax.random.key(0), features)
-        params = replaced(params, given)
+        zeros = jax.tree.map(lambda a: np.zeros(a.shape, dtype), shapes(method, features))
+        params, state = replaced(zeros[0], given), zeros[1]
         if tracked:
-            state = replaced(jax.tree.map(lambda a: a.astype(dtype), state), tracked)
+            state = replaced(state, tracked)
 
         for k in (1, 2, 3):
             x, cotangent = (jnp.asarray(arrays[key]) for key in (f"x_{k}", "cotangent"))
@@ -179,12 +184,11 @@ def check_offset(method, shape, axes):
 
 def check_dtypes(method, features, x, *, output=None):
     """Output dtype: `output` or else the input's; statistics and every gradient keep theirs."""
-    params, state = method.init(jax.random.key(0), features)
+    params, state = shapes(method, features)
     for dtype in ("bfloat16", "float16", "float32"):
-        x = jnp.asarray(x, dtype)
-        out = output or dtype
-        forward = functools.partial(run, method)
-        y, new, grads = jax.eval_shape(forward, params, state, x, cotangent=x.astype(out))
+        x, out = jax.ShapeDtypeStruct(x.shape, dtype), output or dtype
+        g = jax.ShapeDtypeStruct(x.shape, out)
+        y, new, grads = jax.eval_shape(functools.partial(run, method), params, state, x, cotangent=g)
         chex.assert_type(y, out)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
         chex.assert_trees_all_equal_shapes_and_dtypes((params, x), grads)
@@ -192,7 +196,7 @@ def check_dtypes(method, features, x, *, output=None):
 
 def check_rounding(method, features, x):
     """A bfloat16 output is about as near to the exact one as a bfloat16 number can be."""
-    x = jnp.asarray(x, "bfloat16")
+    x = np.asarray(x).astype("bfloat16")
     params, state = variables(method, features)
     y, _, _ = run(method, params, state, x)
     exact, _ = reference.apply(method, params, state, x, train=True)
@@ -212,6 +216,6 @@ def check_rejects(test, pieces, function, *args, **kwargs):
 
 
 def check_rejects_input(test, method, features, x, mask, *pieces):
-    params, state = method.init(jax.random.key(0), features)
+    params, state = variables(method, features)
     pieces = (type(method).__name__, *pieces)
     check_rejects(test, pieces, method.apply, params, state, x, train=True, mask=mask)
