@@ -170,6 +170,26 @@ def check_case(make, case, kind, *, train=True):
     check_oracle(method, features, x, mask=mask, train=train, dtype=dtype)
 
 
+def check_slopes(loss, at, *, step=1e-6, tolerance=1e-4):
+    """Derivatives of a number in both modes along one direction, against a central difference."""
+    rng = np.random.default_rng(300)
+    along = jax.tree.map(lambda a: rng.normal(size=np.shape(a)), at)
+
+    @jax.jit
+    def derivatives(at, along):
+        every = tuple(range(len(at)))
+        return jax.jvp(loss, at, along)[1], jax.grad(loss, every)(*at)
+
+    value = jax.jit(loss)
+    ahead, behind = (
+        value(*jax.tree.map(lambda a, d, s=s: a + s * d, at, along)) for s in (step, -step)
+    )
+    forward, gradients = derivatives(at, along)
+    backward = sum(map(np.vdot, *map(jax.tree.leaves, (gradients, along))))
+    difference = (np.asarray(ahead) - behind) / (2 * step)
+    np.testing.assert_allclose([forward, backward], difference, rtol=tolerance, atol=tolerance)
+
+
 def check_offset(method, shape, axes):
     """The float32 variance at offset / std = 1e4, seen in the slope of a method without scale."""
     x = (1e4 + draw(0, *shape)).astype("float32")
@@ -188,7 +208,9 @@ def check_dtypes(method, features, x, *, output=None):
     for dtype in ("bfloat16", "float16", "float32"):
         x, out = jax.ShapeDtypeStruct(x.shape, dtype), output or dtype
         g = jax.ShapeDtypeStruct(x.shape, out)
-        y, new, grads = jax.eval_shape(functools.partial(run, method), params, state, x, cotangent=g)
+        y, new, grads = jax.eval_shape(
+            functools.partial(run, method), params, state, x, cotangent=g
+        )
         chex.assert_type(y, out)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
         chex.assert_trees_all_equal_shapes_and_dtypes((params, x), grads)
