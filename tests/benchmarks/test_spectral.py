@@ -12,7 +12,8 @@ from scipy import stats
 import normjax as nj
 from benchmarks import models, spectral
 
-RUN = ["--seeds", "2", "--epochs", "1", "--train-size", "128", "--arms", "batch norm"]
+RUN = ["--seeds", "2", "--epochs", "1", "--train-size", "64", "--batch-size", "32", "--width", "4"]
+RUN += ["--arms", "batch norm"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def test_files(finished):
     with Image.open(finished / "spectral.png") as image:
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
     results = json.loads((finished / "spectral.json").read_text())
-    assert (results["train_images"], results["test_images"]) == (128, 540)
+    assert (results["train_images"], results["test_images"]) == (64, 540)
     assert [arm["name"] for arm in results["arms"]] == ["batch norm", "frequency, ortho"]
     for arm in results["arms"]:
         right = np.array(arm["test_accuracy"]) * 540
