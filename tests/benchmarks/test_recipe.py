@@ -1,6 +1,5 @@
 """The arms of `--recipe`: words, initial parameters, pairing and the printed test."""
 
-import functools
 import json
 import math
 
@@ -26,7 +25,7 @@ RUN += ["--epochs", "2", "--train-size", "200", "--batch-size", "50"]
 def variables(change, model="mlp", method=None):
     network = change.network(models.build(model, method or nj.BatchNorm(), classes=10, width=4))
     images = training.scale(INPUTS.train_images, change.inputs(INPUTS))
-    made = jax.jit(functools.partial(network.init, train=False))(KEY, images)
+    made = network.init(KEY, images, train=False)
     return network, images, made | {"params": change.initial(made["params"])}
 
 
