@@ -41,7 +41,7 @@ def ragged(seed, *shape, share=0.7):
 
 
 def variables(method, features, *, seed=100, count=3.0, dtype="float32"):
-    """Parameters and state of `method.init` with other values: `count` updates, the rest random."""
+    """Parameters and state as of `method.init`, but `count` updates old, and the rest random."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -54,7 +54,12 @@ def variables(method, features, *, seed=100, count=3.0, dtype="float32"):
             value = 1 + 0.3 * value
         return jnp.asarray(value, dtype)
 
-    return jax.tree.map_with_path(fill, method.init(jax.random.key(0), features))
+    return jax.tree.map_with_path(fill, shapes(method, features))
+
+
+def shapes(method, features):
+    """What `method.init` returns, without a program: shapes and dtypes."""
+    return jax.eval_shape(lambda: method.init(jax.random.key(0), features))
 
 
 @functools.partial(jax.jit, static_argnames=("method", "train"))
@@ -88,10 +93,10 @@ def check_vectors(name, **changes):
     given, tracked = (vector_files.fields(name, prefix) for prefix in ("param_", "state_0_"))
     with jax.enable_x64(dtype == "float64"):
         features = np.shape(arrays.get("param_scale", np.empty(arrays["x_1"].shape[-1])))
-        params, state = method.init(jax.random.key(0), features)
-        params = replaced(params, given)
+        zeros = jax.tree.map(lambda a: np.zeros(a.shape, dtype), shapes(method, features))
+        params, state = replaced(zeros[0], given), zeros[1]
         if tracked:
-            state = replaced(jax.tree.map(lambda a: a.astype(dtype), state), tracked)
+            state = replaced(state, tracked)
 
         for k in (1, 2, 3):
             x, cotangent = (jnp.asarray(arrays[key]) for key in (f"x_{k}", "cotangent"))
@@ -164,6 +169,26 @@ def check_case(make, case, kind, *, train=True):
     check_oracle(method, features, x, mask=mask, train=train, dtype=dtype)
 
 
+def check_slopes(loss, at, *, step=1e-6, tolerance=1e-4):
+    """Derivatives of a number in both modes along one direction, against a central difference."""
+    rng = np.random.default_rng(300)
+    along = jax.tree.map(lambda a: rng.normal(size=np.shape(a)), at)
+
+    @jax.jit
+    def derivatives(at, along):
+        every = tuple(range(len(at)))
+        return jax.jvp(loss, at, along)[1], jax.grad(loss, every)(*at)
+
+    value = jax.jit(loss)
+    ahead, behind = (
+        value(*jax.tree.map(lambda a, d, s=s: a + s * d, at, along)) for s in (step, -step)
+    )
+    forward, gradients = derivatives(at, along)
+    backward = sum(map(np.vdot, *map(jax.tree.leaves, (gradients, along))))
+    difference = (np.asarray(ahead) - behind) / (2 * step)
+    np.testing.assert_allclose([forward, backward], difference, rtol=tolerance, atol=tolerance)
+
+
 def check_offset(method, shape, axes):
     """The float32 variance at offset / std = 1e4, seen in the slope of a method without scale."""
     x = (1e4 + draw(0, *shape)).astype("float32")
@@ -178,12 +203,13 @@ def check_offset(method, shape, axes):
 
 def check_dtypes(method, features, x, *, output=None):
     """Output dtype: `output` or else the input's; statistics and every gradient keep theirs."""
-    params, state = method.init(jax.random.key(0), features)
+    params, state = shapes(method, features)
     for dtype in ("bfloat16", "float16", "float32"):
-        x = jnp.asarray(x, dtype)
-        out = output or dtype
-        forward = functools.partial(run, method)
-        y, new, grads = jax.eval_shape(forward, params, state, x, cotangent=x.astype(out))
+        x, out = jax.ShapeDtypeStruct(x.shape, dtype), output or dtype
+        g = jax.ShapeDtypeStruct(x.shape, out)
+        y, new, grads = jax.eval_shape(
+            functools.partial(run, method), params, state, x, cotangent=g
+        )
         chex.assert_type(y, out)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
         chex.assert_trees_all_equal_shapes_and_dtypes((params, x), grads)
@@ -191,7 +217,7 @@ def check_dtypes(method, features, x, *, output=None):
 
 def check_rounding(method, features, x):
     """A bfloat16 output is about as near to the exact one as a bfloat16 number can be."""
-    x = jnp.asarray(x, "bfloat16")
+    x = np.asarray(x).astype("bfloat16")
     params, state = variables(method, features)
     y, _, _ = run(method, params, state, x)
     exact, _ = reference.apply(method, params, state, x, train=True)
@@ -211,6 +237,6 @@ def check_rejects(test, pieces, function, *args, **kwargs):
 
 
 def check_rejects_input(test, method, features, x, mask, *pieces):
-    params, state = method.init(jax.random.key(0), features)
+    params, state = variables(method, features)
     pieces = (type(method).__name__, *pieces)
     check_rejects(test, pieces, method.apply, params, state, x, train=True, mask=mask)

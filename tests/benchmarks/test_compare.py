@@ -378,13 +378,11 @@ def test_help(capsys):
     assert "GroupNorm(num_groups=4)" in out
 
 
-def test_placement_leaves_batch_norm_before_the_last_layer(tmp_path, capsys):
+def test_placement_leaves_batch_norm_before_the_last_layer():
     argv = ["--model", "mlp", "--methods", "Affine(use_bias=False)", "--placement", "deep"]
-    argv += ["--seeds", "1", "--epochs", "1", "--train-size", "64", "--batch-size", "32"]
-    assert call(capsys, *argv, "--output", tmp_path / "run")[0] == 0
-    (run,) = load(tmp_path / "run")["runs"]
+    _, (arm,) = compare.prepare(options.Config(**options.read(argv)), {})
     dense = 64 * 128 + 2 * 128 * 128 + 1290
-    assert run["parameters"] == dense + 2 * (128 + 128) + 128
+    assert arm.parameters == dense + 2 * (128 + 128) + 128
 
 
 def test_no_recipe_leaves_no_trace(finished):

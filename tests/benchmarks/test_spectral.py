@@ -12,23 +12,24 @@ from scipy import stats
 import normjax as nj
 from benchmarks import models, spectral
 
-RUN = ["--seeds", "2", "--epochs", "1", "--train-size", "128", "--arms", "batch norm"]
+RUN = ["--seeds", "2", "--epochs", "1", "--train-size", "64", "--batch-size", "32", "--width", "4"]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "spectral"
-    assert spectral.main([*RUN, "frequency, ortho", "--output", str(folder)]) == 0
-    return folder
-
-
-def test_files(finished):
-    assert {path.name for path in finished.iterdir()} == {"spectral.json", "spectral.png"}
-    with Image.open(finished / "spectral.png") as image:
+@pytest.mark.parametrize(
+    "arms",
+    [
+        ["frequency, ortho"],
+        pytest.param(["batch norm", "frequency, ortho"], marks=pytest.mark.slow),
+    ],
+)
+def test_files(arms, tmp_path):
+    assert spectral.main([*RUN, "--arms", *arms, "--output", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"spectral.json", "spectral.png"}
+    with Image.open(tmp_path / "spectral.png") as image:
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
-    results = json.loads((finished / "spectral.json").read_text())
-    assert (results["train_images"], results["test_images"]) == (128, 540)
-    assert [arm["name"] for arm in results["arms"]] == ["batch norm", "frequency, ortho"]
+    results = json.loads((tmp_path / "spectral.json").read_text())
+    assert (results["train_images"], results["test_images"]) == (64, 540)
+    assert [arm["name"] for arm in results["arms"]] == arms
     for arm in results["arms"]:
         right = np.array(arm["test_accuracy"]) * 540
         np.testing.assert_allclose(right, right.round(), atol=1e-9)

@@ -42,13 +42,14 @@ def test_evaluation_is_of_the_whole_test_set():
     data = small()
     x = data.train_images.astype(np.float64)
     images = (data.test_images - x.mean((0, 1, 2))) / x.std((0, 1, 2))
+    logits_of = jax.jit(functools.partial(network.apply, train=False))
     for seed in range(2):
         params, stats = (
             jax.tree.map(lambda a, s=seed: a[s], part)
             for part in (states[2].params, states[2].batch_stats)
         )
         variables = {"params": params, "batch_stats": stats}
-        logits = network.apply(variables, jnp.asarray(images, jnp.float32), train=False)
+        logits = logits_of(variables, images.astype(np.float32))
         logits = np.asarray(logits, np.float64)
         losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(300), data.test_labels]
         assert states[2].correct[seed, 1] == (logits.argmax(1) == data.test_labels).sum()
@@ -149,9 +150,9 @@ def test_norms_are_told_whether_to_train():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("height", [7, 8])
 def test_convolution_by_patches(size, stride, height):
-    keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (2, height, 8, 3))
-    kernel = jax.random.normal(keys[1], (size, size, 3, 5))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, height, 8, 3)).astype(np.float32)
+    kernel = rng.normal(size=(size, size, 3, 5)).astype(np.float32)
 
     def plain(x, kernel):
         return jax.lax.conv_general_dilated(
@@ -161,11 +162,13 @@ def test_convolution_by_patches(size, stride, height):
     def ours(x, kernel):
         return models.conv_by_patches(x, kernel, (stride, stride), "SAME")
 
-    np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-5)
-    for ours_grad, grad in zip(
-        *(jax.grad(lambda *a, f=f: (f(*a) ** 2).sum(), (0, 1))(x, kernel) for f in (ours, plain)),
-        strict=True,
-    ):
+    def results(f, x, kernel):
+        y, pull = jax.vjp(f, x, kernel)
+        return y, pull(2 * y)
+
+    found, wanted = (jax.jit(functools.partial(results, f))(x, kernel) for f in (ours, plain))
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
+    for ours_grad, grad in zip(found[1], wanted[1], strict=True):
         np.testing.assert_allclose(ours_grad, grad, rtol=1e-4, atol=1e-3)
 
 
@@ -208,14 +211,16 @@ def test_accuracy_in_both_modes_and_on_validation_images():
         data._replace(validation_images=images, validation_labels=np.arange(7, dtype=np.int32) % 3)
     )
     order = np.random.default_rng(0).permutation(50)[:48].reshape(3, 16)
+    apply = jax.jit(
+        functools.partial(network.apply, mutable=["batch_stats"]), static_argnames="train"
+    )
     for seed in range(2):
         state = jax.tree.map(lambda a, s=seed: a[s], states[2])
         variables = {"params": state.params, "batch_stats": state.batch_stats}
 
         def right(images, labels, train, variables=variables):
-            images = training.scale(jnp.asarray(images), inputs)
-            out = network.apply(variables, images, train=train, mutable=["batch_stats"])
-            return (np.asarray(out[0]).argmax(1) == labels).sum()
+            logits, _ = apply(variables, training.scale(images, inputs), train=train)
+            return (np.asarray(logits).argmax(1) == labels).sum()
 
         found = training.validation_accuracy(network, states[2], inputs)[seed]
         assert found == right(images, np.arange(7) % 3, False) / 7

@@ -6,7 +6,6 @@ from unittest import mock
 import agreement
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import reference
 import vector_files
@@ -25,9 +24,21 @@ NOISES = [
 ]
 
 
-def noisy(method, x, key=KEY, mask=None, params=(), state=None):
-    state = nj.NoiseState(None) if state is None else state
-    return method.apply(params, state, x, train=True, key=key, mask=mask)[0]
+@functools.partial(jax.jit, static_argnames="method")
+def noisy(method, x, key=KEY, mask=None):
+    return method.apply((), nj.NoiseState(None), x, train=True, key=key, mask=mask)[0]
+
+
+@functools.partial(jax.jit, static_argnames="function")
+def pulled(function, x, cotangent):
+    """A value and the gradient of its product with a cotangent."""
+    y, pull = jax.vjp(function, x)
+    return y, pull(cotangent)[0]
+
+
+def drawn(draw, samples):
+    """What one of the functions that draw gives for `samples` samples."""
+    return np.asarray(jax.jit(lambda: draw(KEY, noise._roster(None, samples)))())
 
 
 class NormTest(parameterized.TestCase):
@@ -46,12 +57,12 @@ class NormTest(parameterized.TestCase):
             nj.EvalNorm(3),
         ),
         train=(True, False),
-        dtype=("float32", "float64"),
+        kind=agreement.KINDS,
     )
-    def test_oracle(self, method, train, dtype):
-        agreement.check_oracle(method, 4, draw(0, 6, 4, 4), train=train, dtype=dtype)
-        keep = ragged(1, 6, 4, 4)
-        agreement.check_oracle(method, 4, draw(0, 6, 4, 4), mask=keep, train=train, dtype="float64")
+    def test_oracle(self, method, train, kind):
+        dtype, masked = kind
+        mask = ragged(1, 6, 4, 4) if masked else None
+        agreement.check_oracle(method, 4, draw(0, 6, 4, 4), mask=mask, train=train, dtype=dtype)
 
     def test_ghost_of_the_batch_is_batch_norm(self):
         x = draw(0, 6, 3, 4)
@@ -75,11 +86,11 @@ class NormTest(parameterized.TestCase):
     def test_own_weight_of_eval_norm_is_what_training_expects(self):
         """A sample of ones among N - 1 standard normal ones meets the mean 1/N on average."""
         method = nj.EvalNorm(8, use_scale=False, use_bias=False)
-        state = nj.Running(jnp.zeros(1), jnp.ones(1))
-        x = 1.0 + jnp.zeros((1, 4, 1))
-        y, _ = method.apply(nj.AffineParams(), state, x, train=False)
-        a = 1 / 8
-        close(y, (x - a) / jnp.sqrt((1 - a) + a * (1 - a) + 1e-5), TOLERANCE["float32"])
+        state = nj.Running(np.zeros(1, "float32"), np.ones(1, "float32"))
+        x = np.ones((1, 4, 1), "float32")
+        y, _, _ = run(method, nj.AffineParams(), state, x, train=False)
+        a, one = 1 / 8, np.float32(1)
+        close(y, (x - a) / np.sqrt((one - a) + a * (1 - a) + 1e-5), TOLERANCE["float32"])
 
     @parameterized.parameters(("1/N", True), ("1/N^2", False))
     def test_own_weight_of_eval_norm_by_simulation(self, own_weight, agrees):
@@ -94,18 +105,15 @@ class NormTest(parameterized.TestCase):
         others = mean + deviation * draw(1, ghosts, size - 1, 3, 1)
         x = np.concatenate([np.broadcast_to(own, (ghosts, 1, 3, 1)), others], 1)
         plain = dict(use_scale=False, use_bias=False, epsilon=0.0)
-        y, _ = nj.GhostBatchNorm(size, **plain).apply(
-            nj.AffineParams(),
-            nj.Running(jnp.zeros(1), jnp.ones(1)),
-            jnp.asarray(x.reshape(-1, 3, 1), "float32"),
-            train=True,
-        )
+        start = nj.Running(np.zeros(1, "float32"), np.ones(1, "float32"))
+        rows = x.reshape(-1, 3, 1).astype("float32")
+        y, _, _ = run(nj.GhostBatchNorm(size, **plain), nj.AffineParams(), start, rows)
         y = np.asarray(y, "float64").reshape(x.shape)[:, 0]  # of the sample itself
         spread = (own[:, 0] - own[:, 1]) / (y[:, 0] - y[:, 1])
         means = (own[:, 0] - y[:, 0] * spread)[:, 0]
-        state = nj.Running(jnp.full(1, mean), jnp.full(1, deviation**2))
+        state = nj.Running(np.full(1, mean, "float32"), np.full(1, deviation**2, "float32"))
         method = nj.EvalNorm(size, own_weight=own_weight, **plain)
-        at, _ = method.apply(nj.AffineParams(), state, jnp.asarray(own, "float32"), train=False)
+        at, _, _ = run(method, nj.AffineParams(), state, own.astype("float32"), train=False)
         at = np.asarray(at, "float64")
         root = (own[0, 0, 0] - own[0, 1, 0]) / (at[0, 0, 0] - at[0, 1, 0])
         center = own[0, 0, 0] - at[0, 0, 0] * root
@@ -155,23 +163,23 @@ class NoiseTest(parameterized.TestCase):
         _, arrays = vector_files.load(name)
         method, dtype = vector_files.method(name), vector_files.dtype(name)
         apply = nj.GhostNoise.apply.__wrapped__
+        forward = lambda x: apply(method, (), nj.NoiseState(None), x, train=True, key=KEY)[0]
+
+        @jax.jit
+        def step(x, indices, order):
+            recorded = dict(draw_indices=lambda *_: indices, draw_order=lambda *_: order)
+            with mock.patch.multiple(noise, **recorded):
+                return pulled(forward, x, arrays["cotangent"])
+
         with jax.enable_x64(dtype == "float64"):
-            for step in (1, 2, 3):
-                x = jnp.asarray(arrays[f"x_{step}"])
-                indices = jnp.asarray(arrays.get(f"draw_{step}_randint", 0), jnp.int32)
-                order = jnp.asarray(arrays.get(f"draw_{step}_randperm", 0), jnp.int32)
-                drawn = dict(draw_indices=lambda *_, i=indices: i, draw_order=lambda *_, o=order: o)
-                with mock.patch.multiple(noise, **drawn):
-                    forward = lambda x: apply(
-                        method, (), nj.NoiseState(None), x, train=True, key=KEY
-                    )[0]
-                    y, pull = jax.vjp(forward, x)
-                close(y, arrays[f"y_{step}"], TOLERANCE[dtype])
-                if step == 1:
-                    (dx,) = pull(jnp.asarray(arrays["cotangent"]))
+            for k in (1, 2, 3):
+                ghosts = (arrays.get(f"draw_{k}_{a}", 0) for a in ("randint", "randperm"))
+                y, dx = step(arrays[f"x_{k}"], *(np.asarray(a, "int32") for a in ghosts))
+                close(y, arrays[f"y_{k}"], TOLERANCE[dtype])
+                if k == 1:
                     close(dx, arrays["grad_x"], TOLERANCE[dtype])
             if "x_eval" in arrays:
-                x = jnp.asarray(arrays["x_eval"])
+                x = arrays["x_eval"]
                 y, _ = method.apply((), nj.NoiseState(None), x, train=False)
                 chex.assert_trees_all_equal(y, x)
 
@@ -179,41 +187,41 @@ class NoiseTest(parameterized.TestCase):
     def test_analytic_vectors(self, name):
         _, arrays = vector_files.load(name)
         method, apply = vector_files.method(name), nj.AnalyticGhostNoise.apply.__wrapped__
+        forward = lambda x: apply(method, (), nj.NoiseState(None), x, train=True, key=KEY)[0]
+
+        @jax.jit
+        def step(x, recorded):
+            with mock.patch.object(noise, "draw_analytic", lambda *_: recorded):
+                return pulled(forward, x, arrays["cotangent"])
+
         with jax.enable_x64(True):
-            for step in (1, 2, 3):
-                x = jnp.asarray(arrays[f"x_{step}"])
-                none = jnp.ones((len(x), *(1,) * (x.ndim - 2), x.shape[-1]))
-                drawn = tuple(
-                    jnp.asarray(arrays.get(f"draw_{step}_{a}", none)) for a in ("randn", "chi2")
-                )
-                with mock.patch.object(noise, "draw_analytic", lambda *_, d=drawn: d):
-                    forward = lambda x: apply(
-                        method, (), nj.NoiseState(None), x, train=True, key=KEY
-                    )[0]
-                    y, pull = jax.vjp(forward, x)
-                close(y, arrays[f"y_{step}"], TOLERANCE["float64"])
-                if step == 1:
-                    (dx,) = pull(jnp.asarray(arrays["cotangent"]))
+            for k in (1, 2, 3):
+                x = arrays[f"x_{k}"]
+                none = np.ones((len(x), *(1,) * (x.ndim - 2), x.shape[-1]))
+                y, dx = step(x, [arrays.get(f"draw_{k}_{a}", none) for a in ("randn", "chi2")])
+                close(y, arrays[f"y_{k}"], TOLERANCE["float64"])
+                if k == 1:
                     close(dx, arrays["grad_x"], TOLERANCE["float64"])
 
     @parameterized.parameters(1, 2, 16, 40)
     def test_product_with_counts_equals_gathering(self, size):
-        table = jnp.asarray(draw(0, 24, 3, 5))
+        table = draw(0, 24, 3, 5)
         indices = np.random.default_rng(1).integers(0, 24, (24, size)).astype("int32")
-        both = [noise.resampled(table, jnp.asarray(indices), count=c) for c in (True, False)]
+        ways = lambda *a: [noise.resampled(*a, count=count) for count in (True, False)]
+        both = jax.jit(ways)(table, indices)
         close(both[0], both[1], 1e-4)
         close(both[1], table[indices].sum(1), 1e-4)
 
     def test_equal_samples_have_no_noise(self):
-        x = jnp.broadcast_to(draw(0, 1, 4, 3), (8, 4, 3))
+        x = np.broadcast_to(draw(0, 1, 4, 3), (8, 4, 3))
         for drawing in ("replacement", "partition", "shuffle", "consecutive"):
             close(noisy(nj.GhostNoise(4, drawing=drawing), x), x, TOLERANCE["float32"])
 
     def test_gradient_is_the_cotangent_over_the_scale(self):
         method, x, g = nj.GhostNoise(4), draw(0, 8, 4, 3), draw(1, 8, 4, 3)
-        y, pull = jax.vjp(functools.partial(noisy, method), x)
+        y, dx = jax.device_get(pulled(functools.partial(noisy, method), x, g))
         slope = (y[:, 1] - y[:, 0]) / (x[:, 1] - x[:, 0])
-        close(pull(g)[0], g * slope[:, None], TOLERANCE["float32"])
+        close(dx, g * slope[:, None], TOLERANCE["float32"])
 
     @parameterized.parameters("partition", "consecutive")
     def test_batch_norm_and_noise_of_parts_are_ghost_batch_norm(self, drawing):
@@ -222,15 +230,12 @@ class NoiseTest(parameterized.TestCase):
             x = draw(0, 12, 5, 3, dtype="float64")
             order = np.arange(12)
             if drawing == "partition":
-                roster = noise._roster(None, 12)
-                order = np.asarray(noise.draw_order(KEY, roster))
+                order = drawn(noise.draw_order, samples=12)
             plain = dict(epsilon=0.0, use_scale=False, use_bias=False)
             params, state = nj.BatchNorm(**plain).init(KEY, 3)
             wanted = np.empty_like(x)
-            wanted[order], _ = nj.GhostBatchNorm(4, **plain).apply(
-                params, state, x[order], train=True
-            )
-            z, _ = nj.BatchNorm(**plain).apply(params, state, x, train=True)
+            wanted[order] = run(nj.GhostBatchNorm(4, **plain), params, state, x[order])[0]
+            z, _, _ = run(nj.BatchNorm(**plain), params, state, x)
             close(noisy(nj.GhostNoise(4, drawing=drawing, epsilon=0.0), z), wanted, 1e-10)
             fused = nj.GhostNoiseBatchNorm(4, drawing=drawing, noise_epsilon=0.0, **plain)
             y, _ = fused.apply(params, state, x, train=True, key=KEY)
@@ -255,10 +260,15 @@ class NoiseTest(parameterized.TestCase):
                 return nj.Affine().apply(params, (), z, train=True)[0], new
 
             whole = lambda p, x: fused.apply(p, state, x, train=True, key=KEY)
-            (y, pull, new), (z, push, old) = (
-                jax.vjp(f, params, x, has_aux=True) for f in (whole, apart)
+
+            def results(f, params, x):
+                y, pull, new = jax.vjp(f, params, x, has_aux=True)
+                return y, new, pull(x)
+
+            ours, theirs = (
+                jax.jit(functools.partial(results, f))(params, x) for f in (whole, apart)
             )
-            close((y, new, pull(x)), (z, old, push(x)), 1e-10)
+            close(ours, theirs, 1e-10)
 
     def test_masked_samples_are_not_drawn(self):
         x, mask = draw(0, 8, 4, 3), (np.arange(8) < 5).reshape(8, 1, 1)
@@ -305,16 +315,12 @@ class NoiseTest(parameterized.TestCase):
         """
         fields = {} if drawing is None else dict(drawing=drawing, epsilon=0.0)
         samples, channels = 256, 4096
-        x = jnp.asarray(draw(3, samples, channels))
-        x = (x - x.mean(0, keepdims=True)) / x.std(0, keepdims=True)
-        method = make(size, **fields)
-        y = noisy(method, x)
-        if drawing is None:
-            zero = noisy(method, jnp.zeros_like(x))[0]
-        else:
-            slope = jax.vjp(functools.partial(noisy, method), x)[1](jnp.ones_like(x))[0][0]
-            zero = y[0] - x[0] * slope
-        slope = jax.vjp(functools.partial(noisy, method), x)[1](jnp.ones_like(x))[0][0]
+        x = draw(3, samples, channels)
+        x = (x - x.mean(0)) / x.std(0)
+        apply = functools.partial(noisy, make(size, **fields))
+        y, dx = jax.device_get(pulled(apply, x, np.ones_like(x)))
+        slope = dx[0]
+        zero = apply(np.zeros_like(x))[0] if drawing is None else y[0] - x[0] * slope
         scale = np.asarray(1 / slope, "float64")
         shift = -np.asarray(zero, "float64") * scale
         finite = (samples - size) / (samples - 1) if drawing == "partition" else 1.0
@@ -338,29 +344,30 @@ class NoiseTest(parameterized.TestCase):
     def test_expected_inverse_is_that_of_the_chi_law(self, size):
         for power in (0.5, 1.0):
             wanted = stats.chi2(size - 1).expect(lambda c, p=power: (c / size) ** (-p / 2))
-            got = noise.expected_inverse(jnp.float32(1 / size), power)
+            got = jax.jit(noise.expected_inverse)(np.float32(1 / size), power)
             np.testing.assert_allclose(got, wanted, rtol=1e-4)
 
     def test_effective_size_sets_the_variance_of_the_shift(self):
         """Empirically over 4000 keys, to 5 standard errors."""
         method = nj.GhostNoise(effective_size=12.5, noise="shift")
-        x = jnp.asarray(draw(0, 16, 4, 2) + 2 * draw(1, 16, 1, 2))
-        shifts = jax.vmap(lambda k: x - noisy(method, x, key=k))(jax.random.split(KEY, 4000))
+        x = draw(0, 16, 4, 2) + 2 * draw(1, 16, 1, 2)
+        keys = jax.random.split(KEY, 4000)
+        shifts = jax.jit(jax.vmap(lambda k: x - noisy(method, x, key=k)))(keys)
         var = np.asarray(shifts[:, :, 0]).var((0, 1))
         np.testing.assert_allclose(var, np.asarray(x).var((0, 1)) / 12.5, rtol=0.05)
 
     def test_no_array_of_all_drawn_moments(self):
-        method, x = nj.GhostNoise(64), jnp.ones((128, 4, 4, 32))
-        compiled = jax.jit(functools.partial(noisy, method)).lower(x).compile()
+        method, x = nj.GhostNoise(64), np.ones((128, 4, 4, 32), "float32")
+        compiled = noisy.lower(method, x).compile()
         all_drawn = 128 * 64 * 32 * 4
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, all_drawn / 2)
         method = nj.GhostNoise(64, independent_channels=True)
-        compiled = jax.jit(functools.partial(noisy, method)).lower(x).compile()
+        compiled = noisy.lower(method, x).compile()
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, all_drawn / 2)
 
     def test_oracle_of_a_draw(self):
         x, method = draw(0, 6, 4, 3), nj.GhostNoise(4)
-        roster = noise._roster(None, 6)
-        ghosts = np.asarray(noise.draw_indices(KEY, roster.rank, roster, 4))
+        indices = lambda key, roster: noise.draw_indices(key, roster.rank, roster, 4)
+        ghosts = drawn(indices, samples=6)
         shift, scale = reference.ghost_noise(method, x, ghosts)
         close(noisy(method, x), ((x - shift) / scale).astype("float32"), TOLERANCE["float32"])
