@@ -56,7 +56,9 @@ def test_an_empty_part_takes_no_part_in_the_average(average):
     method = nj.Ghost(nj.BatchNorm(running_average=average), 2)
     params, state = variables(method)
     mask = (jnp.arange(8) < 4).reshape(8, 1, 1)
+    _, wanted = method.method.apply(params, state, (X + 5)[:4], train=True)
     _, state = method.apply(params, state, X + 5, train=True, mask=mask)
+    chex.assert_trees_all_close(state, wanted, rtol=1e-6)
     chex.assert_trees_all_close(state.mean, (X + 5)[:4].mean((0, 1)), rtol=1e-6)
     chex.assert_trees_all_equal(state.count, jnp.float32(1))
 

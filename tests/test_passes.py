@@ -32,9 +32,8 @@ def moments(x, **how):
     return passes.moments(x, (0, 1, 2), **how)[1:]
 
 
-def rows(activation, mean, x, *small):
-    centre = draw(3, *SHAPE[:-1], 1) if mean else None
-    return passes._rows(passes.carried(x), centre, *small, activation, x.dtype)
+def rows(activation, x, inverse, scale, bias, mean=None):
+    return passes._rows(passes.carried(x), mean, inverse, scale, bias, activation, x.dtype)
 
 
 def affine(activation, x, *small):
@@ -67,11 +66,11 @@ def cases():
     """Name: the function, and the shapes of what it is differentiated by, with seeds."""
     x, row, channel = draw(1, *SHAPE), (*SHAPE[:-1], 1), (1, 1, 1, SHAPE[-1])
     small = [2 + 0.3 * draw(s, *channel) for s in (4, 5, 6)]
-    along = [2 + 0.3 * draw(7, *row), *small[:2]]
+    along, centre = [2 + 0.3 * draw(7, *row), *small[:2]], draw(3, *row)
     per_sample = [2 + 0.3 * draw(s, SHAPE[0], 1, 1, SHAPE[-1]) for s in (8, 9)]
     constant = draw(10, 2, *channel)
     return {
-        "drop": (lambda x: passes.inputs("drop", x, MASK)[0].carrier ** 2, x),
+        "drop": (lambda x: jnp.sin(passes.inputs("drop", x, MASK)[0].carrier), x),
         "moments": (moments, x),
         "moments, mask": (functools.partial(moments, mask=jnp.asarray(MASK)), x),
         "moments, mean square": (functools.partial(moments, centred=False), x),
@@ -81,9 +80,9 @@ def cases():
         "affine, relu": (functools.partial(affine, jax.nn.relu), x, *small),
         "affine, softmax": (functools.partial(affine, jax.nn.softmax), x, *small),
         "affine, of samples": (functools.partial(affine, jnp.tanh), x, *per_sample, small[0]),
-        "rows": (functools.partial(rows, None, True), x, *along),
-        "rows, relu": (functools.partial(rows, jax.nn.relu, True), x, *along),
-        "rows, gelu, no mean": (functools.partial(rows, jax.nn.gelu, False), x, *along),
+        "rows": (functools.partial(rows, None), x, *along, centre),
+        "rows, relu": (functools.partial(rows, jax.nn.relu), x, *along, centre),
+        "rows, gelu, no mean": (functools.partial(rows, jax.nn.gelu), x, *along),
         **{
             f"spatial moments, {half=}, {masked=}": (
                 functools.partial(spatial_moments, half, mask),

@@ -161,7 +161,10 @@ def _inside(values):
 
 
 def check(subject: Subject) -> None:
-    """Adjoint and slope of output and new state, and of the gradient."""
+    """Adjoint and slope of output and new state, and of the gradient.
+
+    The new state is a constant of parameters and input: no gradient flows through it.
+    """
     with jax.enable_x64(True):
         _check(subject, subject.inputs(jnp.float64), None)
 
@@ -188,6 +191,11 @@ def _check(subject, x, mask):
         adjoint, slope = _gaps(function, (params, state, x))
         assert adjoint <= 1e-11, f"{name}: J and its transpose differ by {adjoint:.2g}"
         assert slope <= 1e-6, f"{name}: J and the slope differ by {slope:.2g}"
+
+    moved = lambda params, x: output(params, state, x)[1]
+    u, _ = _directions(moved, (params, x), seed=1)
+    for a in jax.tree.leaves(jit(lambda *at: jax.jvp(moved, at, u)[1])(params, x)):
+        assert not np.any(a), "gradients flow through the new state: it lacks a stop_gradient"
 
 
 def check_transforms(subject: Subject) -> None:

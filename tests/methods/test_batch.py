@@ -207,6 +207,11 @@ class BatchNormTest(parameterized.TestCase):
         close([state.mean, state.var], [np.zeros(5, "float32"), np.ones(5, "float32")], 0)
         self.assertIsNone(state.count)
 
+    def test_scale_and_bias_are_drawn_apart(self):
+        normal = jax.nn.initializers.normal()
+        params, _ = nj.BatchNorm(scale_init=normal, bias_init=normal).init(KEY, 5)
+        self.assertFalse(np.any(params.scale == params.bias))
+
     @parameterized.parameters(
         ("momentum", 1.5),
         ("momentum", -0.1),

@@ -96,6 +96,12 @@ class GhostTest(parameterized.TestCase):
         inner = nj.chain(nj.BatchNorm(), nj.Affine())
         agreement.check_oracle(nj.Ghost(method=inner, groups=2), 4, draw(0, 6, 4))
 
+    def test_groups_draw_apart(self):
+        method, x = nj.Ghost(nj.GhostNoise(2), groups=2), np.tile(draw(0, 4, 3), (2, 1))
+        params, state = method.init(KEY, 3)
+        y, _ = method.apply(params, state, x, train=True, key=KEY)
+        self.assertFalse(np.array_equal(y[:4], y[4:]))
+
     def test_group_with_nonfinite_input_keeps_its_share(self):
         inner = nj.BatchNorm(skip_nonfinite=True, momentum=0.5)
         method, x = nj.Ghost(method=inner, groups=2), draw(0, 6, 4)

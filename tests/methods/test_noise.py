@@ -347,6 +347,14 @@ class NoiseTest(parameterized.TestCase):
             got = jax.jit(noise.expected_inverse)(np.float32(1 / size), power)
             np.testing.assert_allclose(got, wanted, rtol=1e-4)
 
+    @parameterized.product(make=(nj.GhostNoise, nj.AnalyticGhostNoise), strength=(0.5, 1.0))
+    def test_unbiased_scale_keeps_the_size_on_average(self, make, strength):
+        fields = {} if make is nj.AnalyticGhostNoise else {"epsilon": 0.0}
+        method = make(8, noise="scale", strength=strength, unbiased_scale=True, **fields)
+        x = jnp.asarray(draw(0, 256, 512))
+        slope = jax.vjp(functools.partial(noisy, method), x)[1](jnp.ones_like(x))[0]
+        np.testing.assert_allclose(slope.mean(), 1, rtol=0.01)
+
     def test_effective_size_sets_the_variance_of_the_shift(self):
         """Empirically over 4000 keys, to 5 standard errors."""
         method = nj.GhostNoise(effective_size=12.5, noise="shift")
@@ -355,6 +363,13 @@ class NoiseTest(parameterized.TestCase):
         shifts = jax.jit(jax.vmap(lambda k: x - noisy(method, x, key=k)))(keys)
         var = np.asarray(shifts[:, :, 0]).var((0, 1))
         np.testing.assert_allclose(var, np.asarray(x).var((0, 1)) / 12.5, rtol=0.05)
+
+    @parameterized.parameters(1.0, 1.25, 2.5, 7.875)
+    def test_weights_of_draws_are_worth_the_effective_size(self, size):
+        share, total = noise._shares(jnp.float32(size))
+        weights = np.array([share(jnp.int32(k)) for k in range(9)])
+        np.testing.assert_allclose(weights.sum(), total, rtol=1e-6)
+        np.testing.assert_allclose(total**2 / np.sum(weights**2), size, rtol=1e-6)
 
     def test_no_array_of_all_drawn_moments(self):
         method, x = nj.GhostNoise(64), np.ones((128, 4, 4, 32), "float32")

@@ -1,0 +1,867 @@
+"""Seeded faults: for each a fast test that finds it, which `test_mutants.py` shows.
+
+A fault replaces one piece of text, which occurs once in its file. Those that change nothing that
+anybody could see do not belong here.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: in `file`, `new` in place of `old`; `tests`: arguments for pytest that find it."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def adjoint(name):
+    """The test of a pass of `test_passes.py`: its transpose is adjoint, its tangent the slope."""
+    test = "test_the_transpose_is_adjoint_and_the_tangent_the_slope"
+    return (f"tests/test_passes.py::{test}[{name}]",)
+
+
+def contract(*lines):
+    """Checks of lines of the contract."""
+    return tuple(f"tests/test_contract.py::test_contract[{line}]" for line in lines)
+
+
+def some(file, words):
+    """Tests of a file whose names match an expression of words."""
+    return f"tests/{file}", "-k", words
+
+
+PASSES, LINEAR, CPU = (f"normjax/core/{name}.py" for name in ("passes", "linear", "cpu"))
+PLACES, SYNC, RUNNING = (f"normjax/core/{name}.py" for name in ("sharding", "sync", "running"))
+GROUPS, SPECTRA, STRUCTS = (f"normjax/core/{name}.py" for name in ("groups", "spectra", "structs"))
+ACTIVATION, CHECKS = "normjax/core/activation.py", "normjax/core/checks.py"
+TRACING, PROPAGATE = "normjax/core/tracing.py", "normjax/core/propagate.py"
+BATCH, CHAIN, GHOST, GROUP, LAYER = (
+    f"normjax/methods/{name}.py" for name in ("batch", "chain", "ghost", "group", "layer")
+)
+POINTWISE, NOISE, PRESETS, KALMAN, SPECTRAL = (
+    f"normjax/methods/{name}.py" for name in ("pointwise", "noise", "presets", "kalman", "spectral")
+)
+LINEN, NNX, CARRY, OPTIM = (f"normjax/{name}.py" for name in ("linen", "nnx", "carry", "optim"))
+
+OF_PASSES = {
+    "transpose of the drop doubled": Mutant(
+        PASSES,
+        "lambda mask, g: (keep(mask, g),)",
+        "lambda mask, g: (2 * keep(mask, g),)",
+        adjoint("drop"),
+    ),
+    "tangent of the drop not masked": Mutant(
+        PASSES,
+        "lambda mask, tangents: keep(mask, *tangents)",
+        "lambda mask, tangents: tangents[0]",
+        adjoint("drop"),
+    ),
+    "inputs not masked": Mutant(
+        PASSES,
+        "return carried(x if mask is None else _drop(x, mask)), mask",
+        "return carried(x), mask",
+        contract("BatchNorm-masks"),
+    ),
+    "transpose of the moments doubled": Mutant(
+        PASSES,
+        "dx = (widen(x) - mean) * slope + shift",
+        "dx = 2 * ((widen(x) - mean) * slope + shift)",
+        adjoint("moments"),
+    ),
+    "transpose of the moments without the mean's": Mutant(
+        PASSES,
+        "dx = (widen(x) - mean) * slope + shift",
+        "dx = (widen(x) - mean) * slope",
+        adjoint("moments"),
+    ),
+    "transpose of the mean square dropped": Mutant(
+        PASSES,
+        "dx = widen(x) * slope\n",
+        "dx = 0 * widen(x) * slope\n",
+        adjoint("moments, mean square"),
+    ),
+    "cotangent of the moments not masked": Mutant(
+        PASSES,
+        "return (dx if mask is None else keep(mask, dx),)",
+        "return (dx,)",
+        adjoint("moments, mask"),
+    ),
+    "tangent of the variance not doubled": Mutant(
+        PASSES, "dvar = 2 * _average(", "dvar = _average(", adjoint("moments")
+    ),
+    "tangent of the mean dropped": Mutant(
+        PASSES,
+        "else _average(dx, mask, n, how), dvar)",
+        "else jnp.zeros_like(dvar), dvar)",
+        adjoint("moments"),
+    ),
+    "variance as mean square less squared mean": Mutant(
+        PASSES,
+        "return mean, _pool(sum_of(_square, axes, *fence(x, mean, *valid)), channel_groups) / n",
+        "return mean, _average(jnp.square(widen(x)), mask, n, how) - jnp.square(mean)",
+        contract("BatchNorm-numbers"),
+    ),
+    "mask forgotten in the sum of squares": Mutant(
+        PASSES,
+        "return square if mask is None else keep(mask, square)",
+        "return square",
+        contract("BatchNorm-masks"),
+    ),
+    "count ignores the mask": Mutant(
+        PASSES,
+        "count = jnp.sum(jnp.broadcast_to(mask, shape),",
+        "count = jnp.sum(jnp.ones(shape, bool),",
+        contract("BatchNorm-masks"),
+    ),
+    "sums not over the group of channels": Mutant(
+        PASSES,
+        "return _pool(total, channel_groups) / n",
+        "return total / n",
+        some("methods/test_group.py", "GroupNormTest and test_oracle"),
+    ),
+    "pool of channels is their mean": Mutant(
+        PASSES,
+        "parts.sum(-1, keepdims=True)",
+        "parts.mean(-1, keepdims=True)",
+        some("methods/test_group.py", "GroupNormTest and mask"),
+    ),
+    "half precision not widened": Mutant(
+        PASSES, "return x.astype(wide(x.dtype))", "return x", contract("BatchNorm-numbers")
+    ),
+    "carrier not widened": Mutant(
+        PASSES,
+        "else Input(x, widen(x))",
+        "else Input(x, x)",
+        some("test_passes.py", "adds_up_wide"),
+    ),
+    "tangent of the inverse deviation with the wrong sign": Mutant(
+        PASSES,
+        "tangents: -0.5 * inverse**3",
+        "tangents: 0.5 * inverse**3",
+        adjoint("inverse deviation"),
+    ),
+    "transpose of the inverse deviation doubled": Mutant(
+        PASSES,
+        "g: (-0.5 * inverse**3 * g,)",
+        "g: (-(inverse**3) * g,)",
+        adjoint("inverse deviation"),
+    ),
+    "epsilon outside of the root": Mutant(
+        PASSES,
+        "return lax.rsqrt(var + epsilon)",
+        "return 1 / (jnp.sqrt(var) + epsilon)",
+        some("methods/test_batch.py", "BatchNormTest and test_vectors"),
+    ),
+    "transpose of the affine map doubled": Mutant(
+        PASSES,
+        "dx = both(*whole)[0] * whole[3]",
+        "dx = 2 * both(*whole)[0] * whole[3]",
+        adjoint("affine"),
+    ),
+    "cotangent of the affine map's mean with the wrong sign": Mutant(
+        PASSES, "totals = -total * small[1]", "totals = total * small[1]", adjoint("affine")
+    ),
+    "cotangent of the gain not centred": Mutant(
+        PASSES, "return h, h * centred\n", "return h, h * widen(x)\n", adjoint("affine")
+    ),
+    "tangent of the affine map without the mean's": Mutant(
+        PASSES, "dz = (widen(dx) - dmean) * gain", "dz = widen(dx) * gain", adjoint("affine")
+    ),
+    "tangent of the affine map without the gain's": Mutant(
+        PASSES, "+ centred * dgain + dbias", "+ dbias", adjoint("affine")
+    ),
+    "transpose of the rows doubled": Mutant(
+        PASSES,
+        "dx = before(*arrays)[0] * arrays[2] * arrays[3]",
+        "dx = 2 * before(*arrays)[0] * arrays[2] * arrays[3]",
+        adjoint("rows"),
+    ),
+    "cotangent of the rows' mean dropped": Mutant(
+        PASSES,
+        "dmean = -total[0] * inverse if total else None",
+        "dmean = 0 * total[0] if total else None",
+        adjoint("rows"),
+    ),
+    "cotangent of the rows' scale without the inverse": Mutant(
+        PASSES, "return h, h * (centred * arrays[2])", "return h, h * centred", adjoint("rows")
+    ),
+    "tangent of the rows without the scale's": Mutant(
+        PASSES,
+        "dz = dz + centred * inverse * dscale + dbias",
+        "dz = dz + dbias",
+        adjoint("rows"),
+    ),
+    "tangent of the activation is the identity": Mutant(
+        ACTIVATION,
+        "return dz if activation is None else jax.jvp(activation, (z,), (dz,))[1]",
+        "return dz",
+        adjoint("affine, softmax"),
+    ),
+    "cotangent of the activation doubled": Mutant(
+        ACTIVATION,
+        "return jax.vjp(activation, z)[1](h)[0]",
+        "return 2 * jax.vjp(activation, z)[1](h)[0]",
+        adjoint("affine, softmax"),
+    ),
+    "relu lets the cotangent of negative numbers through": Mutant(
+        ACTIVATION,
+        "return h * lax.stop_gradient(step)",
+        "return h * lax.stop_gradient(1 - step)",
+        adjoint("affine, relu"),
+    ),
+}
+
+OF_PROGRAMS = {
+    "tangents of saved values dropped": Mutant(
+        LINEAR,
+        "    if fixed:\n",
+        "    if True:\n",
+        some("test_passes.py", "derivatives_are_those_of_the_formula and affine"),
+    ),
+    "transpose of linear maps doubled": Mutant(
+        LINEAR,
+        "lambda _, t: _both_ways(transpose, fun, t, program)",
+        "lambda _, t: 2 * _both_ways(transpose, fun, t, program)",
+        adjoint("transform, matmul, (3, 4)"),
+    ),
+    "axis of a batched saved array mistaken": Mutant(
+        LINEAR,
+        "axes = tuple(None if d is None else 0 for d in dims[:kept])",
+        "axes = tuple(dims[:kept])",
+        some("test_passes.py", "mapped_axis and affine and samples"),
+    ),
+    "plain derivatives of linear maps are not plain": Mutant(
+        LINEAR,
+        "return of_value_unfenced(x) if _plain.get() else alone(x)",
+        "return alone(x)",
+        some("test_passes.py", "switch_is_plain and transform"),
+    ),
+    "joint sums with a wrong sign": Mutant(
+        CPU,
+        "tuple(p + q for p, q in zip",
+        "tuple(p - q for p, q in zip",
+        some("test_sums.py", "values_of_each"),
+    ),
+    "sums in tiles are means": Mutant(
+        CPU,
+        "total = jnp.sum(lax.optimization_barrier",
+        "total = jnp.mean(lax.optimization_barrier",
+        some("test_sums.py", "value_is_that_of_one_sum"),
+    ),
+    "batched sums over the axis before": Mutant(
+        CPU,
+        "tuple(i + 1 for i in axes), *arrays)",
+        "tuple(axes), *arrays)",
+        some("test_sums.py", "does_not_see_the_mapped_array"),
+    ),
+    "bfloat16 truncated": Mutant(
+        CPU,
+        "lax.bitcast_convert_type(lax.reduce_precision(x, 8, 7), jnp.uint32)",
+        "lax.bitcast_convert_type(x, jnp.uint32)",
+        contract("SpectralBatchNorm, ring-gradients"),
+    ),
+    "manual axes not aligned": Mutant(
+        PLACES,
+        "if axes - varying(a) else a",
+        "if False else a",
+        contract("BatchNorm-devices"),
+    ),
+    "arrays not placed": Mutant(
+        PLACES,
+        "    if spec(a) == parts:\n",
+        "    if True:\n",
+        some("test_situations.py", "placed_like_the_activation"),
+    ),
+    "train not dropped where it changes nothing": Mutant(
+        TRACING,
+        'how["train"] = train and checks.depends_on_train(self)',
+        'how["train"] = train',
+        some("test_situations.py", "test_methods_without_statistics_are_traced_once"),
+    ),
+    "initializers are part of the trace": Mutant(
+        TRACING,
+        "return dataclasses.replace(method, **defaults) if defaults else method",
+        "return method",
+        some("test_details.py", "fresh_initializers"),
+    ),
+    "what functions close over does not count": Mutant(
+        TRACING,
+        "and alike(_closed_over(a), _closed_over(b))",
+        "",
+        some("test_situations.py", "made_otherwise"),
+    ),
+    "single values are not refused": Mutant(
+        CHECKS,
+        "if any(n != 1 for n in sizes):",
+        "if any(n != 0 for n in sizes):",
+        some("test_situations.py", "single_values_are_refused"),
+    ),
+    "parameters of another size are taken": Mutant(
+        CHECKS,
+        "if a is not None and tuple(a.shape) != sizes:",
+        "if a is not None and len(a.shape) != len(sizes):",
+        some("methods/test_layer.py", "rejects_input"),
+    ),
+    "one is no integer of a mask": Mutant(
+        CHECKS,
+        "else value != 0\n",
+        "else value > 1\n",
+        some("test_situations.py", "masks_of_numbers_that_are_no_mask and LayerNorm"),
+    ),
+    "bias drawn with the key of the scale": Mutant(
+        STRUCTS,
+        "key = None if key is None else jax.random.fold_in(key, 1)",
+        "pass",
+        some("methods/test_batch.py", "drawn_apart"),
+    ),
+}
+
+OF_STATISTICS = {
+    "merge ignores how many each counts": Mutant(
+        SYNC,
+        "mean = near + (parts.count * (parts.mean - near)).sum(axis, keepdims=True) / safe",
+        "mean = near",
+        contract("BatchNorm-devices"),
+    ),
+    "merge without the gap between means": Mutant(
+        SYNC,
+        "var = (parts.count * (parts.var + gap)).sum",
+        "var = (parts.count * parts.var).sum",
+        contract("BatchNorm-devices"),
+    ),
+    "gather sends nothing": Mutant(
+        SYNC,
+        "stacked = lax.psum(jnp.where(here, message, 0), axis_name)",
+        "stacked = jnp.where(here, message, 0)",
+        contract("BatchNorm-devices"),
+    ),
+    "message in two steps without the gap": Mutant(
+        SYNC,
+        "square = part.count * (part.var + jnp.square(part.mean - mean))",
+        "square = part.count * part.var",
+        some("test_details.py", "large_messages"),
+    ),
+    "all devices get the first group": Mutant(
+        SYNC,
+        "mine = jnp.asarray(owner)[lax.axis_index(axis_name)]",
+        "mine = 0",
+        contract("GhostBatchNorm-devices"),
+    ),
+    "momentum weighs the new statistics": Mutant(
+        RUNNING,
+        "valid, keep.astype(old.dtype) * old + (1 - keep).astype(old.dtype) * now, old",
+        "valid, (1 - keep).astype(old.dtype) * old + keep.astype(old.dtype) * now, old",
+        some("methods/test_batch.py", "BatchNormTest and test_vectors"),
+    ),
+    "running variance biased where it should not be": Mutant(
+        RUNNING,
+        "jnp.maximum(new.count - 1, 1) if unbiased else new.var",
+        "jnp.maximum(new.count - 1, 1) if not unbiased else new.var",
+        some("methods/test_batch.py", "BatchNormTest and test_vectors"),
+    ),
+    "gradients flow through the state": Mutant(
+        RUNNING,
+        "new = lax.stop_gradient(Moments(*(a.reshape(state.mean.shape) for a in new)))",
+        "new = Moments(*(a.reshape(state.mean.shape) for a in new))",
+        contract("BatchNorm-derivatives"),
+    ),
+    "debiased weights turned round": Mutant(
+        RUNNING,
+        "jnp.expm1(rate * count) / jnp.expm1(rate * (count + 1))",
+        "jnp.expm1(rate * (count + 1)) / jnp.expm1(rate * count)",
+        some("methods/test_batch.py", "debiased_average"),
+    ),
+    "cumulative average off by one": Mutant(
+        RUNNING,
+        "keep = count / (count + 1)",
+        "keep = (count + 1) / (count + 2)",
+        some("methods/test_batch.py", "cumulative_average"),
+    ),
+    "features without samples move": Mutant(
+        RUNNING, "valid = new.count > 0", "valid = new.count >= 0", contract("BatchNorm-masks")
+    ),
+    "batches without samples are counted": Mutant(
+        RUNNING,
+        "count = count + jnp.any(valid).astype(count.dtype)",
+        "count = count + 1",
+        some("methods/test_batch.py", "empty_mask"),
+    ),
+    "batches with one finite moment are recorded": Mutant(
+        RUNNING,
+        "valid &= jnp.all(",
+        "valid &= jnp.any(",
+        some("methods/test_batch.py", "nonfinite_batch"),
+    ),
+    "parts without samples weigh": Mutant(
+        RUNNING,
+        "weight = jnp.expand_dims(filled, tuple",
+        "weight = jnp.expand_dims(jnp.ones_like(filled), tuple",
+        some("test_details.py", "empty_part"),
+    ),
+    "groups of devices strided": Mutant(
+        GROUPS,
+        "tuple(tuple(range(i, i + together)) for i in range(0, devices, together))",
+        "tuple(tuple(range(i, devices, devices // together)) for i in range(devices // together))",
+        contract("GhostBatchNorm-devices"),
+    ),
+    "hint how much to pad is the remainder": Mutant(
+        GROUPS,
+        "pad_and_mask(-samples % size)",
+        "pad_and_mask(samples % size)",
+        some("test_situations.py", "remainder_of_ghosts"),
+    ),
+}
+
+OF_SPECTRA = {
+    "transpose of the spectral variance not doubled": Mutant(
+        SPECTRA,
+        "dreal * patch.real + dimag * patch.imag, 2 * dvar",
+        "dreal * patch.real + dimag * patch.imag, dvar",
+        adjoint("spatial moments, half=False, masked=False"),
+    ),
+    "transpose of the half spectrum's variance without folds": Mutant(
+        SPECTRA,
+        "dx = widen(x) * slope + _unfold(folds, x, layout) * twin + patch.at * row",
+        "dx = widen(x) * slope + patch.at * row",
+        adjoint("spatial moments, half=True, masked=False"),
+    ),
+    "tangent of the spectral variance not doubled": Mutant(
+        SPECTRA,
+        "slope = 2 * jnp.sum(z * dx,",
+        "slope = jnp.sum(z * dx,",
+        adjoint("spatial moments, half=False, masked=False"),
+    ),
+    "imaginary mean of the half spectrum with the wrong sign": Mutant(
+        SPECTRA,
+        "(real, -sines / stored, origin, -2 * sines / width)",
+        "(real, sines / stored, origin, 2 * sines / width)",
+        some("methods/test_spectral.py", "RoutesTest and test_agree"),
+    ),
+    "transpose of the spatial affine map doubled": Mutant(
+        SPECTRA,
+        "return h * gain, slope, total",
+        "return 2 * h * gain, slope, total",
+        adjoint("spatial affine"),
+    ),
+    "transpose of the transform doubled": Mutant(
+        SPECTRA,
+        "lambda t: _synthesize(t, how, given, mirrored=False)",
+        "lambda t: 2 * _synthesize(t, how, given, mirrored=False)",
+        adjoint("transform, matmul, (3, 4)"),
+    ),
+    "transpose of the inverse transform without mirror images": Mutant(
+        SPECTRA,
+        "lambda x: _analyse(x, how, given, mirrored=True)",
+        "lambda x: _analyse(x, how, given, mirrored=False)",
+        adjoint("inverse, matmul, (3, 4)"),
+    ),
+    "last frequency of even widths has a mirror image": Mutant(
+        SPECTRA,
+        "    if width % 2 == 0:\n        weights[-1] = 1\n",
+        "    if width % 2 == 1:\n        weights[-1] = 1\n",
+        some("methods/test_spectral.py", "RoutesTest and test_agree"),
+    ),
+    "merge of frequencies without the gap": Mutant(
+        SPECTRA,
+        "total(parts.count * (parts.var + gap)) / safe",
+        "total(parts.count * parts.var) / safe",
+        some("methods/test_spectral.py", "OracleTest and test_configurations"),
+    ),
+    "mirror images do not cancel": Mutant(
+        SPECTRA,
+        "mean = mean * np.array([1, 0], shares.dtype)",
+        "mean = mean * np.array([1, 1], shares.dtype)",
+        some("methods/test_spectral.py", "OracleTest and test_configurations"),
+    ),
+    "as_if takes the derivative of the value": Mutant(
+        SPECTRA,
+        "(primals[0], tangents[1])",
+        "(primals[0], tangents[0])",
+        contract("SpectralBatchNorm, ring-gradients"),
+    ),
+    "remainder of the zero frequency dropped": Mutant(
+        SPECTRA,
+        "jnp.where(zero, real + imag, real)",
+        "real",
+        contract("SpectralBatchNorm, ring-gradients"),
+    ),
+    "rings of another width": Mutant(
+        SPECTRA,
+        "np.ceil((number - 1) * radius - 1e-9)",
+        "np.ceil(number * radius - 1e-9)",
+        some("methods/test_spectral.py", "OracleTest and test_configurations"),
+    ),
+    "full scaling divides once": Mutant(
+        SPECTRA,
+        '"full": (whole, whole)',
+        '"full": (whole, 1.0)',
+        some("methods/test_spectral.py", "LimitsTest and test_scalings"),
+    ),
+    "variance of a scaled spectrum scaled once": Mutant(
+        SPECTRAL,
+        "now.var * factor**2",
+        "now.var * factor",
+        some("methods/test_spectral.py", "OracleTest and test_configurations"),
+    ),
+    "public correction of the spectral variance dropped": Mutant(
+        SPECTRAL,
+        "new.var * (n / max(n - 1, 1))",
+        "new.var",
+        some("methods/test_spectral.py", "OracleTest and test_cases"),
+    ),
+}
+
+OF_METHODS = {
+    "evaluation uses the statistics of the batch": Mutant(
+        BATCH,
+        "del mask\n        return passes.normalize(self, x, state.mean, state.var, params)",
+        "own = tuple(i for i in range(x.ndim) if i not in self._features(x))\n"
+        "        state = passes.moments(x, own, mask=mask)\n"
+        "        return passes.normalize(self, x, state.mean, state.var, params)",
+        some("methods/test_batch.py", "test_evaluation_is_the_oracle"),
+    ),
+    "constant statistics are not constant": Mutant(
+        BATCH,
+        "return lax.stop_gradient(moments) if self.constant_statistics else moments",
+        "return moments",
+        some("test_situations.py", "test_constant_statistics and BatchNorm"),
+    ),
+    "scale of InputNorm without the mean of the ReLU": Mutant(
+        BATCH,
+        "math.sqrt(1 / 2 - 1 / (2 * math.pi))",
+        "math.sqrt(1 / 2)",
+        some("methods/test_batch.py", "InputNormTest and scale_starts"),
+    ),
+    "r of BatchRenorm is differentiated": Mutant(
+        BATCH,
+        "r = lax.stop_gradient(jnp.clip(ratio, 1 / r_max, r_max))",
+        "r = jnp.clip(ratio, 1 / r_max, r_max)",
+        some("methods/test_batch.py", "BatchRenormTest and test_oracle"),
+    ),
+    "r of BatchRenorm not clipped below": Mutant(
+        BATCH,
+        "jnp.clip(ratio, 1 / r_max, r_max)",
+        "jnp.clip(ratio, 0, r_max)",
+        some("methods/test_batch.py", "BatchRenormTest"),
+    ),
+    "d of BatchRenorm not clipped below": Mutant(
+        BATCH,
+        "jnp.clip(shift, -d_max, d_max)",
+        "jnp.clip(shift, None, d_max)",
+        some("methods/test_batch.py", "BatchRenormTest"),
+    ),
+    "d of BatchRenorm not scaled": Mutant(
+        BATCH,
+        "else (gain * scale, d * scale)",
+        "else (gain * scale, d)",
+        some("methods/test_batch.py", "BatchRenormTest and test_oracle"),
+    ),
+    "count of ExclusiveBatchNorm with the sample's own": Mutant(
+        BATCH,
+        "count = group.count - own.count",
+        "count = group.count",
+        some("methods/test_noise.py", "NormTest and test_oracle"),
+    ),
+    "variance of ExclusiveBatchNorm without the gap": Mutant(
+        BATCH,
+        "group.var + share * (group.var - own.var - jnp.square(gap))",
+        "group.var + share * (group.var - own.var)",
+        some("methods/test_noise.py", "NormTest and test_oracle"),
+    ),
+    "links of a chain draw with one key": Mutant(
+        CHAIN,
+        "list(jax.random.split(key, number))",
+        "[key] * number",
+        some("methods/test_chain.py", "own_parameters"),
+    ),
+    "ghosts draw with one key": Mutant(
+        GHOST,
+        "keys = jax.random.split(key, number)",
+        "keys = jax.random.split(key, number)[jnp.zeros(number, int)]",
+        some("methods/test_ghost.py", "groups_draw_apart"),
+    ),
+    "statistics of GroupNorm without the first axis of positions": Mutant(
+        GROUP,
+        "now = passes.moments(x, reduced[:-1], mask=mask, channel_groups=number)",
+        "now = passes.moments(x, reduced[1:-1], mask=mask, channel_groups=number)",
+        some("methods/test_group.py", "GroupNormTest and test_vectors"),
+    ),
+    "statistics of GroupNorm over the groups": Mutant(
+        GROUP,
+        "passes.moments(parts, (last + 1,), mask=mask)",
+        "passes.moments(parts, (last,), mask=mask)",
+        some("methods/test_group.py", "GroupNormTest and test_oracle"),
+    ),
+    "statistics of InstanceNorm over the batch": Mutant(
+        GROUP,
+        "now = passes.moments(x, others[1:], mask=mask)",
+        "now = passes.moments(x, others, mask=mask)",
+        some("methods/test_group.py", "InstanceNormTest and test_vectors"),
+    ),
+    "mean of LayerNorm dropped": Mutant(
+        LAYER,
+        "now.mean if centred else None",
+        "None",
+        some("methods/test_layer.py", "LayerNormTest and test_vectors"),
+    ),
+    "RMSNorm centred": Mutant(
+        LAYER,
+        "return _apply(self, params, x, mask, centred=False), state",
+        "return _apply(self, params, x, mask, centred=True), state",
+        some("methods/test_layer.py", "RMSNormTest and test_vectors"),
+    ),
+    "Affine without scale": Mutant(
+        POINTWISE,
+        "gain = one if scale is None else scale",
+        "gain = one",
+        some("methods/test_affine.py", "AffineTest and test_oracle"),
+    ),
+    "DynamicTanh without bias": Mutant(
+        POINTWISE,
+        "y = y + jnp.expand_dims(params.bias.astype(dtype), others)",
+        "pass",
+        some("methods/test_affine.py", "DynamicTanhTest and test_oracle"),
+    ),
+    "activation of SpatialSpectralBatchNorm taken twice": Mutant(
+        PRESETS,
+        'shared["activation"] = None',
+        'shared["activation"] = self.activation',
+        some("methods/test_spectral.py", "spatial_spectral_is_the_chain"),
+    ),
+    "own share of EvalNorm turned round": Mutant(
+        PRESETS,
+        "mean + weight * gap, var, params",
+        "own.mean - weight * gap, var, params",
+        some("methods/test_noise.py", "NormTest and test_oracle"),
+    ),
+    "variance of EvalNorm without the gap": Mutant(
+        PRESETS,
+        "weight * (own.var - var) + weight * (1 - weight) * jnp.square(gap)",
+        "weight * (own.var - var)",
+        some("methods/test_noise.py", "NormTest and test_oracle"),
+    ),
+    "offset of GhostNoiseBatchNorm with the wrong sign": Mutant(
+        PRESETS,
+        "else bias - shift * slope",
+        "else bias + shift * slope",
+        some("methods/test_noise.py", "test_fused_is_the_chain"),
+    ),
+    "ghosts are differentiated": Mutant(
+        NOISE,
+        "every, batch = lax.stop_gradient((every, batch))",
+        "pass",
+        some("methods/test_noise.py", "test_fused_is_the_chain"),
+    ),
+    "shift of GhostNoise with the wrong sign": Mutant(
+        NOISE,
+        "state = _advanced(state, jnp.any(every.count > 0))\n"
+        "        return passes.affine(x, shift,",
+        "state = _advanced(state, jnp.any(every.count > 0))\n"
+        "        return passes.affine(x, -shift,",
+        some("methods/test_noise.py", "noise_of_parts_are_ghost_batch_norm"),
+    ),
+    "strength multiplies the scale": Mutant(
+        NOISE,
+        "(shift * strength, scale**strength)",
+        "(shift * strength, scale * strength)",
+        some("methods/test_noise.py", "strength_follows_its_schedule"),
+    ),
+    "expected inverse multiplied on": Mutant(
+        NOISE,
+        "scale = scale * expected_inverse(inverse, strength)",
+        "scale = scale / expected_inverse(inverse, strength)",
+        some("methods/test_noise.py", "unbiased_scale_keeps"),
+    ),
+    "expected inverse of the analytic noise multiplied on": Mutant(
+        NOISE,
+        "scale = scale * expected_inverse(\n",
+        "scale = scale / expected_inverse(\n",
+        some("methods/test_noise.py", "unbiased_scale_keeps"),
+    ),
+    "last draw of a ghost weighs its fraction": Mutant(
+        NOISE,
+        "return jnp.where(k < n, 1, jnp.where(k == n, last, 0))",
+        "return jnp.where(k < n, 1, jnp.where(k == n, f, 0))",
+        some("methods/test_noise.py", "worth_the_effective_size"),
+    ),
+    "one degree of freedom too many": Mutant(
+        NOISE,
+        "divmod(method.ghost_batch_size - 1, 2)",
+        "divmod(method.ghost_batch_size, 2)",
+        some("methods/test_noise.py", "test_distribution"),
+    ),
+    "samples not in their own part": Mutant(
+        NOISE,
+        "place_of = jnp.argsort(order)",
+        "place_of = order",
+        some("methods/test_noise.py", "noise_of_parts_are_ghost_batch_norm"),
+    ),
+    "fused variance without the gap of the means": Mutant(
+        KALMAN,
+        "(1 - p) * (var - now.var) + q * (1 - q) * jnp.square(gap)",
+        "(1 - p) * (var - now.var)",
+        some("methods/test_kalman.py", "variance_is_that_of_a_mixture"),
+    ),
+    "gain of the mean turned round": Mutant(
+        KALMAN,
+        "now.mean + (1 - q) * gap,",
+        "now.mean + q * gap,",
+        some("methods/test_kalman.py", "gain_one_is_batch_norm"),
+    ),
+    "guard turned round": Mutant(
+        KALMAN,
+        "jnp.mean(var / now.var)) < self.guard",
+        "jnp.mean(var / now.var)) > self.guard",
+        some("methods/test_kalman.py", "guard_falls_back"),
+    ),
+    "posterior has the scale for a variance": Mutant(
+        KALMAN,
+        "propagate.prediction(bias, jnp.square(scale))",
+        "propagate.prediction(bias, scale)",
+        some("methods/test_kalman.py", "posterior_is_what_the_output_has"),
+    ),
+    "computed gain takes the noise of sampling for an error": Mutant(
+        KALMAN,
+        "jnp.maximum(error.astype(dtype) - noise, 0)",
+        "error.astype(dtype)",
+        some("methods/test_kalman.py", "error_over_noise"),
+    ),
+    "all groups count as the first": Mutant(
+        KALMAN,
+        "counts = counts & (number == 0)",
+        "counts = counts & (number >= 0)",
+        some("methods/test_kalman.py", "test_oracle"),
+    ),
+    "noise of a learned transition dropped": Mutant(
+        KALMAN,
+        "var=given.var + jnp.expand_dims(noise, range(given.var.ndim - 1))",
+        "var=given.var",
+        some("methods/test_kalman.py", "test_oracle"),
+    ),
+}
+
+OF_THE_REST = {
+    "variance behind a relu": Mutant(
+        PROPAGATE,
+        "t * density * (under - above)",
+        "t * density * (above - under)",
+        some("test_propagate.py", "test_relu"),
+    ),
+    "covariance of a leaky relu counted once": Mutant(
+        PROPAGATE,
+        "* share + 2 * slope * bend * above",
+        "* share + slope * bend * above",
+        some("test_propagate.py", "test_leaky_relu"),
+    ),
+    "share of the borders dropped": Mutant(
+        PROPAGATE,
+        "mean = jnp.sum(share * means, kinds, keepdims=True)",
+        "mean = jnp.mean(means, kinds, keepdims=True)",
+        some("test_propagate.py", "test_enumeration"),
+    ),
+    "variance of the means at the borders dropped": Mutant(
+        PROPAGATE,
+        "+ jnp.square(means - mean)\n",
+        "\n",
+        some("test_propagate.py", "test_enumeration"),
+    ),
+    "covariance of branches counted once": Mutant(
+        PROPAGATE, "var + 2 * both", "var + both", some("test_propagate.py", "test_add")
+    ),
+    "variance scaled once": Mutant(
+        PROPAGATE,
+        "var * jnp.square(scale)",
+        "var * scale",
+        some("test_propagate.py", "test_affine"),
+    ),
+    "variance behind a dense layer without squares": Mutant(
+        PROPAGATE,
+        "_dot(var, jnp.square(kernel))",
+        "_dot(var, jnp.abs(kernel))",
+        some("test_propagate.py", "chain_of_linear_layers"),
+    ),
+    "variance of averages is that of one position": Mutant(
+        PROPAGATE,
+        "noise = np.sum(share * part / divisor)",
+        "noise = np.sum(share * part)",
+        some("test_propagate.py", "average_is_the_convolution"),
+    ),
+    "linen trains while it initializes": Mutant(
+        LINEN,
+        "train = not evaluate and not self.is_initializing()",
+        "train = not evaluate",
+        some("test_fronts.py", "initialization_leaves_statistics_alone"),
+    ),
+    "linen does not keep the state": Mutant(
+        LINEN,
+        "cells[name].value = value",
+        "pass",
+        some("test_fronts.py", "linen_gives_what_flax_gives"),
+    ),
+    "linen ignores the mask": Mutant(
+        LINEN,
+        "train=train, mask=mask, key=key",
+        "train=train, mask=None, key=key",
+        some("test_fronts.py", "linen_gives_what_flax_gives"),
+    ),
+    "nnx does not keep the state": Mutant(
+        NNX,
+        "self._variable(path).set_value(jax.lax.stop_gradient(a))",
+        "None",
+        some("test_fronts.py", "nnx_gives_what_flax_gives"),
+    ),
+    "nnx misses parameters that were removed": Mutant(
+        NNX,
+        'if name not in getattr(tree, "_field_defaults", ()):',
+        "if True:",
+        some("test_situations.py", "attached_replaced_and_removed"),
+    ),
+    "carry passes no prior on": Mutant(
+        CARRY,
+        'prior = kwargs.pop("prior", known.get(args[0]))',
+        'prior = kwargs.pop("prior", None)',
+        some("test_carry.py", "it_equals_passing_by_hand"),
+    ),
+    "carry forgets the activation of fused posteriors": Mutant(
+        CARRY,
+        "posterior = propagate.activation(posterior, method.activation)",
+        "pass",
+        some("test_carry.py", "fused_posteriors"),
+    ),
+    "learning rate of scales multiplied": Mutant(
+        OPTIM,
+        "return update / jnp.asarray(c, update.dtype)",
+        "return update * jnp.asarray(c, update.dtype)",
+        some("test_optim.py", "one_step_of_the_recipe"),
+    ),
+    "decay of all but the weights": Mutant(
+        OPTIM,
+        "lambda label: label in labels,",
+        "lambda label: label not in labels,",
+        some("test_optim.py", "test_decay_mask"),
+    ),
+    "frozen updates times zero": Mutant(
+        OPTIM,
+        "jax.tree.map(jnp.zeros_like, leaves[i])",
+        "jax.tree.map(lambda a: 0 * a, leaves[i])",
+        some("test_optim.py", "frozen_updates"),
+    ),
+    "statistics are not kept": Mutant(
+        OPTIM,
+        "leaves[i] = old_leaves[i]",
+        "pass",
+        some("test_optim.py", "freeze_a_part"),
+    ),
+}
+
+MUTANTS = {
+    **OF_PASSES,
+    **OF_PROGRAMS,
+    **OF_STATISTICS,
+    **OF_SPECTRA,
+    **OF_METHODS,
+    **OF_THE_REST,
+}
