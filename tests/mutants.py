@@ -85,17 +85,24 @@ OF_PASSES = {
     ),
     "cotangent of the moments not masked": Mutant(
         PASSES,
-        "return (dx if mask is None else keep(mask, dx),)",
-        "return (dx,)",
+        "dx = (widen(x) - mean) * slope + shift\n"
+        "    return (dx if mask is None else keep(mask, dx),)",
+        "dx = (widen(x) - mean) * slope + shift\n    return (dx,)",
         adjoint("moments, mask"),
     ),
     "tangent of the variance not doubled": Mutant(
         PASSES, "dvar = 2 * _average(", "dvar = _average(", adjoint("moments")
     ),
+    "cotangent of the mean square not masked": Mutant(
+        PASSES,
+        "dx = widen(x) * slope\n    return (dx if mask is None else keep(mask, dx),)",
+        "dx = widen(x) * slope\n    return (dx,)",
+        contract("RMSNorm-masked derivatives"),
+    ),
     "tangent of the mean dropped": Mutant(
         PASSES,
-        "else _average(dx, mask, n, how), dvar)",
-        "else jnp.zeros_like(dvar), dvar)",
+        "return align(_average(widen(dx), mask, n, how), dvar)",
+        "return align(jnp.zeros_like(dvar), dvar)",
         adjoint("moments"),
     ),
     "variance as mean square less squared mean": Mutant(
@@ -484,8 +491,8 @@ OF_SPECTRA = {
     ),
     "remainder of the zero frequency dropped": Mutant(
         SPECTRA,
-        "jnp.where(zero, real + imag, real)",
-        "real",
+        "jnp.where(real, distance + jnp.flip(distance, 1), distance)",
+        "distance",
         contract("SpectralBatchNorm, ring-gradients"),
     ),
     "rings of another width": Mutant(
@@ -809,8 +816,8 @@ OF_THE_REST = {
     ),
     "nnx does not keep the state": Mutant(
         NNX,
-        "self._variable(path).set_value(jax.lax.stop_gradient(a))",
-        "None",
+        "variable.set_value(jax.lax.stop_gradient(value))",
+        "del variable",
         some("test_fronts.py", "nnx_gives_what_flax_gives"),
     ),
     "nnx misses parameters that were removed": Mutant(

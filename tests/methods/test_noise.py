@@ -6,6 +6,7 @@ from unittest import mock
 import agreement
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import reference
 import vector_files
