@@ -6,7 +6,7 @@ from cases import CASES
 from normjax.testing import CHECKS
 
 LONG = ("all devices",)
-ALSO_LONG_IN_TIER_2 = ("numbers", "derivatives", "transforms", "devices")
+ALSO_LONG_IN_TIER_2 = ("numbers", "derivatives", "transforms", "devices", "collectives")
 
 
 def rows():

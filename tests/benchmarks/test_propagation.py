@@ -124,6 +124,7 @@ def test_every_norm_but_the_first_of_the_residual_network_has_a_prior():
     assert same == {f"norm_{i}": i == 1 for i in range(1, 8)}
 
 
+@pytest.mark.slow
 def test_predictions_of_the_residual_network_are_of_the_right_size():
     """Of untrained layers on white noise, fused variances lie near those of the batch."""
     x = draw(64, 16, 16, 3)
