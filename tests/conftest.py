@@ -19,7 +19,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 GIGABYTE = 1 << 20  # in the units of ru_maxrss
-held = 2 * GIGABYTE
+held = 4 * GIGABYTE
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,14 @@ from cases import CASES
 from normjax.testing import CHECKS
 
 LONG = ("all devices",)
-ALSO_LONG_IN_TIER_2 = ("numbers", "derivatives", "transforms", "devices", "collectives")
+ALSO_LONG_IN_TIER_2 = (
+    "numbers",
+    "second derivatives",
+    "transforms",
+    "devices",
+    "collectives",
+    "export",  # tests/test_situations.py exports every line with symbolic sizes
+)
 
 
 def rows():

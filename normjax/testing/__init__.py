@@ -29,7 +29,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "numbers": numbers.check,
     "gradients": numbers.check_gradients,
     "derivatives": derivatives.check,
-    "masked derivatives": derivatives.check_masked,
+    "second derivatives": derivatives.check_second,
     "transforms": derivatives.check_transforms,
     "devices": devices.check,
     "all devices": devices.check_all,

@@ -161,41 +161,47 @@ def _inside(values):
 
 
 def check(subject: Subject) -> None:
-    """Adjoint and slope of output and new state, and of the gradient.
+    """Adjoint and slope of output and new state, without a mask, and with one and NaN outside.
 
     The new state is a constant of parameters and input: no gradient flows through it.
     """
     with jax.enable_x64(True):
-        _check(subject, subject.inputs(jnp.float64), None)
+        for output, params, state, x in _ways(subject):
+            _check("apply", output, params, state, x)
+        moved = lambda params, x: output(params, state, x)[1]
+        u, _ = _directions(moved, (params, x), seed=1)
+        for a in jax.tree.leaves(jit(lambda *at: jax.jvp(moved, at, u)[1])(params, x)):
+            assert not np.any(a), "gradients flow through the new state: it lacks a stop_gradient"
 
 
-def check_masked(subject: Subject) -> None:
-    """The same with a ragged mask, and NaN where it is False."""
+def check_second(subject: Subject) -> None:
+    """The same of the gradient of a loss, which is what further derivatives are made of."""
     with jax.enable_x64(True):
-        rows = subject.rows()
-        _check(subject, jnp.where(rows, subject.inputs(jnp.float64), jnp.nan), rows)
+        weight = subject.inputs(jnp.float64, seed=8)
+        for output, params, state, x in _ways(subject):
+
+            def loss(*point, output=output):
+                return jnp.sum(jnp.sin(output(*point)[0]) * weight)
+
+            _check("its gradient", jax.grad(loss, (0, 2)), params, state, x)
 
 
-def _check(subject, x, mask):
-    params, state = subject.variables(jnp.float64)
-    weight = subject.inputs(jnp.float64, seed=8)
+def _ways(subject):
+    """The output, masked and not, with its point."""
+    variables, x = subject.variables(jnp.float64), subject.inputs(jnp.float64)
+    for mask in (None, subject.rows()):
 
-    def output(params, state, x):
-        y, new = subject.apply(params, state, x, mask)
-        return y if mask is None else jnp.where(mask, y, 0), new
+        def output(params, state, x, mask=mask):
+            y, new = subject.apply(params, state, x, mask)
+            return y if mask is None else jnp.where(mask, y, 0), new
 
-    def loss(params, state, x):
-        return jnp.sum(jnp.sin(output(params, state, x)[0]) * weight)
+        yield output, *variables, x if mask is None else jnp.where(mask, x, jnp.nan)
 
-    for name, function in (("apply", output), ("its gradient", jax.grad(loss, (0, 2)))):
-        adjoint, slope = _gaps(function, (params, state, x))
-        assert adjoint <= 1e-11, f"{name}: J and its transpose differ by {adjoint:.2g}"
-        assert slope <= 1e-6, f"{name}: J and the slope differ by {slope:.2g}"
 
-    moved = lambda params, x: output(params, state, x)[1]
-    u, _ = _directions(moved, (params, x), seed=1)
-    for a in jax.tree.leaves(jit(lambda *at: jax.jvp(moved, at, u)[1])(params, x)):
-        assert not np.any(a), "gradients flow through the new state: it lacks a stop_gradient"
+def _check(name, function, *point):
+    adjoint, slope = _gaps(function, point)
+    assert adjoint <= 1e-11, f"{name}: J and its transpose differ by {adjoint:.2g}"
+    assert slope <= 1e-6, f"{name}: J and the slope differ by {slope:.2g}"
 
 
 def check_transforms(subject: Subject) -> None:

@@ -81,7 +81,7 @@ def test_bad_input(capsys):
 @pytest.mark.parametrize(
     ("model", "shape", "depth", "norms"),
     [
-        ("residual", (8, 8, 1), 1, 5),
+        pytest.param("residual", (8, 8, 1), 1, 5, marks=pytest.mark.slow),
         pytest.param("residual", (16, 16, 3), 2, 13, marks=pytest.mark.slow),
         ("mlp", (8, 8, 1), 1, 3),
     ],
