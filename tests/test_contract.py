@@ -20,6 +20,8 @@ def rows():
     """All pairs; what the tier of a line does not ask for at every push is slow."""
     for name, case in CASES.items():
         long = LONG if case.tier == 1 else (*LONG, *ALSO_LONG_IN_TIER_2)
+        if case.tier == 2 and not case.keeps_rounded:
+            long += ("gradients",)
         for check in CHECKS:
             marks = [pytest.mark.slow] if check in long else []
             yield pytest.param(case, check, marks=marks, id=f"{name}-{check}")

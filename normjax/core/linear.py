@@ -74,6 +74,11 @@ def plain_derivatives() -> Iterator[None]:
         jax.clear_caches()
 
 
+def is_plain() -> bool:
+    """Whether `plain_derivatives()` is open."""
+    return _plain.get()
+
+
 def differentiated(
     tangent: Callable,
     transpose: Callable,
@@ -124,7 +129,7 @@ def differentiated(
 
         @functools.wraps(function)
         def run(*args):
-            if not _plain.get():
+            if not is_plain():
                 return alone(*args)
             with unfenced(always=True):
                 return function(*map(_carrier, args))
@@ -183,7 +188,7 @@ def linear_map(fun: Callable, transpose: Callable, x: jax.Array, program: Any = 
     """
 
     def of_value_unfenced(x):
-        with unfenced(always=_plain.get()):
+        with unfenced(always=is_plain()):
             return fun(x)
 
     def rule(primals, tangents):
@@ -192,7 +197,7 @@ def linear_map(fun: Callable, transpose: Callable, x: jax.Array, program: Any = 
     fenced, alone = jax.custom_jvp(fun), jax.custom_jvp(of_value_unfenced)
     fenced.defjvp(rule)
     alone.defjvp(rule)
-    return of_value_unfenced(x) if _plain.get() else alone(x)
+    return of_value_unfenced(x) if is_plain() else alone(x)
 
 
 def _both_ways(fun, transpose, x, program):

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from normjax.core import groups, passes
 from normjax.core.activation import activate, activation_cotangent, activation_tangent
 from normjax.core.cpu import fence, written
-from normjax.core.linear import Input, differentiated, linear_map
+from normjax.core.linear import Input, differentiated, is_plain, linear_map
 from normjax.core.passes import carried, keep, output_dtype, total_over, wide, widen
 from normjax.core.sharding import place, spec
 from normjax.core.structs import Moments
@@ -619,7 +619,7 @@ GATHERS = jax.__version_info__ < (0, 12)
 
 def _shard_local(function, x, sizes):
     """`function(x, sizes)`, a transform of the last axes, on each device's shard of the others."""
-    if not GATHERS:
+    if not GATHERS or is_plain():
         return function(x, sizes)
 
     def run(a):  # the compiler calls it on a thread of its own, which has not our precision

@@ -108,6 +108,7 @@ def test_networks_with_kalman_norms(model, shape, depth, norms):
         statistics(demanding, variables, x)
 
 
+@pytest.mark.slow
 def test_every_norm_but_the_first_of_the_residual_network_has_a_prior():
     """Statistics from the prediction alone differ from the batch's in all norms but the first."""
     x = draw(4, 16, 16, 3)
