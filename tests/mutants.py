@@ -97,7 +97,7 @@ OF_PASSES = {
         PASSES,
         "dx = widen(x) * slope\n    return (dx if mask is None else keep(mask, dx),)",
         "dx = widen(x) * slope\n    return (dx,)",
-        contract("RMSNorm-derivatives"),
+        adjoint("moments, masked mean square"),
     ),
     "tangent of the mean dropped": Mutant(
         PASSES,
@@ -242,7 +242,7 @@ OF_PROGRAMS = {
     ),
     "plain derivatives of linear maps are not plain": Mutant(
         LINEAR,
-        "return of_value_unfenced(x) if _plain.get() else alone(x)",
+        "return of_value_unfenced(x) if is_plain() else alone(x)",
         "return alone(x)",
         some("test_passes.py", "switch_is_plain and transform"),
     ),

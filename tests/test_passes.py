@@ -74,6 +74,10 @@ def cases():
         "moments": (moments, x),
         "moments, mask": (functools.partial(moments, mask=jnp.asarray(MASK)), x),
         "moments, mean square": (functools.partial(moments, centred=False), x),
+        "moments, masked mean square": (
+            functools.partial(moments, centred=False, mask=jnp.asarray(MASK)),
+            x,
+        ),
         "moments, groups": (functools.partial(moments, channel_groups=1), x),
         "inverse deviation": (lambda v: passes.inverse_deviation(v**2, 1e-3), x),
         "affine": (functools.partial(affine, None), x, *small),
