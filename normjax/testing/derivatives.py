@@ -43,6 +43,9 @@ def slope_gap(function: Callable, *point: Any, seed: int = 0) -> float:
     What goes through `lax.stop_gradient` is constant in the difference, as it is for J. Use it in
     float64, where it is 1e-9 to 1e-7.
 
+    Raises:
+      ValueError: for a `stop_gradient` inside of `lax.scan`, `while_loop` or `cond`.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> with jax.enable_x64(True):
@@ -131,7 +134,10 @@ def _walk(jaxpr, consts, args, visit):
         elif inner is not None:
             out = _walk(*inner, given, visit)
         else:
-            raise NotImplementedError(f"stop_gradient inside of {eqn.primitive}")
+            raise ValueError(
+                f"slope_gap: there is a stop_gradient inside of a {eqn.primitive}, whose values "
+                "cannot be held for the difference: stop gradients outside of loops."
+            )
         values.update(zip(eqn.outvars, out, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
