@@ -50,7 +50,7 @@ def in_training(train: bool) -> Iterator[None]:
 
 
 def is_unfenced() -> bool:
-    """Whether `unfenced()` holds."""
+    """Whether passes are traced as JAX's own operations alone, as inside of `unfenced()`."""
     return _unfenced.get()
 
 

@@ -75,7 +75,7 @@ def plain_derivatives() -> Iterator[None]:
 
 
 def is_plain() -> bool:
-    """Whether `plain_derivatives()` is open."""
+    """Whether `plain_derivatives()` is open, so that passes have no rules of their own."""
     return _plain.get()
 
 

@@ -56,7 +56,7 @@ def carried(x: jax.Array | Input) -> Input:
 
 
 def value(x: Any) -> jax.Array:
-    """The activation of an `Input`."""
+    """The activation of an `Input`, in its own shape and dtype, without the carrier."""
     return x.value
 
 
