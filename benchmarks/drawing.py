@@ -3,7 +3,7 @@
 Ghost noise draws N of B samples for every sample and needs sums of their moments, two numbers for
 each channel: by gathering one draw after the other, or by a product with the matrix of how often
 each sample was drawn. The table has the time of the product over that of gathering, and which way
-`normjax.methods.noise` takes.
+`normjax.methods.ghost_noise` takes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.options import whole
-from normjax.methods import noise
+from normjax.methods import ghost_noise as noise
 
 BATCHES = (32, 64, 128, 256, 512, 1024, 2048)
 CHANNELS = (64, 512)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax import KalmanNorm, propagate
-from normjax.carry import add, pointwise
 from normjax.linen import Norm
+from normjax.linen.carry import add, pointwise
 
 
 def conv_by_patches(x, kernel, strides, padding, **_):
@@ -52,8 +52,8 @@ class Residual(nn.Module):
 
     A stage halves the resolution and doubles the channels of the one before. Images under 16
     pixels have two stages, others three. Every block sows what its branch adds and the sum, under
-    its name and "/branch" and "/sum". Inside `normjax.carry.carry` Kalman norms get their priors by
-    themselves; `KalmanResidual` passes them on by hand.
+    its name and "/branch" and "/sum". Inside `normjax.linen.carry.carry` Kalman norms get their
+    priors by themselves; `KalmanResidual` passes them on by hand.
 
     Attributes:
       norm: makes a normalization.

@@ -27,8 +27,8 @@ from benchmarks.models import conv
 from benchmarks.options import whole
 from normjax import KalmanNorm
 from normjax.analysis import propagation
-from normjax.carry import carry
 from normjax.linen import Norm
+from normjax.linen.carry import carry
 
 GAINS = tuple(float(g) for g in np.linspace(0, 1, 21))
 PREDICTIONS = {"output": "consistent prediction", "fused": "public implementation's prediction"}

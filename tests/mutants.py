@@ -37,7 +37,7 @@ PASSES, LINEAR, CPU = (f"normjax/core/{name}.py" for name in ("passes", "linear"
 PLACES, SYNC, RUNNING = (f"normjax/core/{name}.py" for name in ("sharding", "sync", "running"))
 GROUPS, SPECTRA, STRUCTS = (f"normjax/core/{name}.py" for name in ("groups", "spectra", "structs"))
 ACTIVATION, CHECKS = "normjax/core/activation.py", "normjax/core/checks.py"
-TRACING, PROPAGATE = "normjax/core/tracing.py", "normjax/core/propagate.py"
+TRACING, PROPAGATE = "normjax/core/tracing.py", "normjax/propagate/__init__.py"
 BATCH, CHAIN, GHOST, GROUP, LAYER = (
     f"normjax/methods/{name}.py" for name in ("batch", "chain", "ghost", "group", "layer")
 )
@@ -570,13 +570,13 @@ OF_METHODS = {
         BATCH,
         "count = group.count - own.count",
         "count = group.count",
-        some("methods/test_noise.py", "NormTest and test_oracle"),
+        some("methods/test_ghost_noise.py", "NormTest and test_oracle"),
     ),
     "variance of ExclusiveBatchNorm without the gap": Mutant(
         BATCH,
         "group.var + share * (group.var - own.var - jnp.square(gap))",
         "group.var + share * (group.var - own.var)",
-        some("methods/test_noise.py", "NormTest and test_oracle"),
+        some("methods/test_ghost_noise.py", "NormTest and test_oracle"),
     ),
     "links of a chain draw with one key": Mutant(
         CHAIN,
@@ -642,25 +642,25 @@ OF_METHODS = {
         PRESETS,
         "mean + weight * gap, var, params",
         "own.mean - weight * gap, var, params",
-        some("methods/test_noise.py", "NormTest and test_oracle"),
+        some("methods/test_ghost_noise.py", "NormTest and test_oracle"),
     ),
     "variance of EvalNorm without the gap": Mutant(
         PRESETS,
         "weight * (own.var - var) + weight * (1 - weight) * jnp.square(gap)",
         "weight * (own.var - var)",
-        some("methods/test_noise.py", "NormTest and test_oracle"),
+        some("methods/test_ghost_noise.py", "NormTest and test_oracle"),
     ),
     "offset of GhostNoiseBatchNorm with the wrong sign": Mutant(
         PRESETS,
         "else bias - shift * slope",
         "else bias + shift * slope",
-        some("methods/test_noise.py", "test_fused_is_the_chain"),
+        some("methods/test_ghost_noise.py", "test_fused_is_the_chain"),
     ),
     "ghosts are differentiated": Mutant(
         NOISE,
         "every, batch = lax.stop_gradient((every, batch))",
         "pass",
-        some("methods/test_noise.py", "test_fused_is_the_chain"),
+        some("methods/test_ghost_noise.py", "test_fused_is_the_chain"),
     ),
     "shift of GhostNoise with the wrong sign": Mutant(
         NOISE,
@@ -668,43 +668,43 @@ OF_METHODS = {
         "        return passes.affine(x, shift,",
         "state = _advanced(state, jnp.any(every.count > 0))\n"
         "        return passes.affine(x, -shift,",
-        some("methods/test_noise.py", "noise_of_parts_are_ghost_batch_norm"),
+        some("methods/test_ghost_noise.py", "noise_of_parts_are_ghost_batch_norm"),
     ),
     "strength multiplies the scale": Mutant(
         NOISE,
         "(shift * strength, scale**strength)",
         "(shift * strength, scale * strength)",
-        some("methods/test_noise.py", "strength_follows_its_schedule"),
+        some("methods/test_ghost_noise.py", "strength_follows_its_schedule"),
     ),
     "expected inverse multiplied on": Mutant(
         NOISE,
         "scale = scale * expected_inverse(inverse, strength)",
         "scale = scale / expected_inverse(inverse, strength)",
-        some("methods/test_noise.py", "unbiased_scale_keeps"),
+        some("methods/test_ghost_noise.py", "unbiased_scale_keeps"),
     ),
     "expected inverse of the analytic noise multiplied on": Mutant(
         NOISE,
         "scale = scale * expected_inverse(\n",
         "scale = scale / expected_inverse(\n",
-        some("methods/test_noise.py", "unbiased_scale_keeps"),
+        some("methods/test_ghost_noise.py", "unbiased_scale_keeps"),
     ),
     "last draw of a ghost weighs its fraction": Mutant(
         NOISE,
         "return jnp.where(k < n, 1, jnp.where(k == n, last, 0))",
         "return jnp.where(k < n, 1, jnp.where(k == n, f, 0))",
-        some("methods/test_noise.py", "worth_the_effective_size"),
+        some("methods/test_ghost_noise.py", "worth_the_effective_size"),
     ),
     "one degree of freedom too many": Mutant(
         NOISE,
         "divmod(method.ghost_batch_size - 1, 2)",
         "divmod(method.ghost_batch_size, 2)",
-        some("methods/test_noise.py", "test_distribution"),
+        some("methods/test_ghost_noise.py", "test_distribution"),
     ),
     "samples not in their own part": Mutant(
         NOISE,
         "place_of = jnp.argsort(order)",
         "place_of = order",
-        some("methods/test_noise.py", "noise_of_parts_are_ghost_batch_norm"),
+        some("methods/test_ghost_noise.py", "noise_of_parts_are_ghost_batch_norm"),
     ),
     "fused variance without the gap of the means": Mutant(
         KALMAN,

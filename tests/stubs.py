@@ -92,7 +92,8 @@ def stubs():
         parts = [write(name, getattr(module, name)) for name in names]
         exported = "".join(f'    "{name}",\n' for name in module.__all__)
         text = HEAD.format(title=title, front=front, abstract=abstract) + "\n".join(parts)
-        files[PACKAGE / f"{front}.pyi"] = text + f"\n__all__ = [\n{exported}]\n"
+        path = pathlib.Path(module.__file__).with_suffix(".pyi")
+        files[path] = text + f"\n__all__ = [\n{exported}]\n"
     return files
 
 

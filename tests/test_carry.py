@@ -11,7 +11,7 @@ from flax import linen as nn
 
 import normjax as nj
 from normjax import linen, propagate
-from normjax.carry import add, carry, pointwise
+from normjax.linen.carry import add, carry, pointwise
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))

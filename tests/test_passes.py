@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from normjax.core import passes, spectra
+from normjax.core import passes
 from normjax.core.linear import Input, differentiated, plain_derivatives
+from normjax.methods.spectral import transforms as spectra
 from normjax.testing import adjoint_gap, slope_gap
 
 EXACT = dict(rtol=1e-10, atol=1e-10)

@@ -24,16 +24,18 @@ LAYERS = [
     ["core.linear", "core.tracing"],
     ["core.groups", "core.roots"],
     ["core.passes"],
-    ["core.sync", "core.running", "core.propagate", "core.spectra"],
+    ["core.sync", "core.running"],
     ["core.__init__"],
-    ["methods"],
+    ["propagate"],
+    ["methods.spectral.transforms"],
+    ["methods", "methods.spectral"],
     ["methods.presets", "methods.kalman"],
     ["methods.__init__"],
     ["__init__"],
     ["testing.measure", "testing.subject"],
     ["linen", "nnx", "optim", "population", "folding", "interop", "testing"],
     ["testing.__init__"],
-    ["training", "carry"],
+    ["training", "linen.carry"],
     ["analysis.layers"],
     ["analysis"],
     ["analysis.__init__"],
@@ -269,4 +271,4 @@ def test_wheel_holds_the_package_alone(tmp_path):
     kinds = ("*.py", "*.pyi", "py.typed")
     expected = {str(p.relative_to(ROOT)) for kind in kinds for p in PACKAGE.rglob(kind)}
     assert files == expected
-    assert {"normjax/py.typed", "normjax/linen.pyi", "normjax/nnx.pyi"} <= files
+    assert {"normjax/py.typed", "normjax/linen/__init__.pyi", "normjax/nnx.pyi"} <= files

@@ -23,7 +23,7 @@ from jax.scipy.special import betaln, digamma, gammaln
 
 from normjax.core import checks, passes, sync
 from normjax.core.structs import Moments
-from normjax.methods.noise import resampled, shift_and_scale
+from normjax.methods.ghost_noise import resampled, shift_and_scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

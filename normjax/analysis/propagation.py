@@ -14,9 +14,9 @@ import numpy as np
 from flax import linen as nn
 
 from normjax import linen
-from normjax.carry import carry
 from normjax.core import checks, passes
 from normjax.core.structs import Moments
+from normjax.linen.carry import carry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def capture(
     that its activations do not depend on small batches.
 
     Args:
-      model: a Linen module for `normjax.carry`.
+      model: a Linen module for `normjax.linen.carry`.
       variables: of the model.
       x: its input, the samples first.
       batch_size: samples of a small batch; divides the number of samples.
@@ -83,7 +83,7 @@ def capture(
       >>> import jax, normjax.linen
       >>> from flax import linen as nn
       >>> from normjax.analysis import propagation
-      >>> from normjax.carry import carry
+      >>> from normjax.linen.carry import carry
       >>> class Net(nn.Module):
       ...     @nn.compact
       ...     def __call__(self, x):

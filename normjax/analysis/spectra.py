@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax.analysis.layers import capture as capture
-from normjax.core import checks, spectra
+from normjax.core import checks
 from normjax.core.passes import widen
+from normjax.methods.spectral import transforms as spectra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normjax.core import checks, groups, passes, propagate, running, sync
+from normjax import propagate
+from normjax.core import checks, groups, passes, running, sync
 from normjax.core.sharding import align, place, spec
 from normjax.core.structs import (
     AffineParams,

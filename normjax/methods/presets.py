@@ -13,8 +13,8 @@ from normjax.core.tracing import traced_once
 from normjax.methods.batch import BatchNorm
 from normjax.methods.chain import Chain
 from normjax.methods.ghost import apply_to_parts
-from normjax.methods.noise import Strength, check_drawing, check_ghosts, gathered, ghost_noise
-from normjax.methods.spectral import SpectralBatchNorm
+from normjax.methods.ghost_noise import Strength, check_drawing, check_ghosts, gathered, ghost_noise
+from normjax.methods.spectral.method import SpectralBatchNorm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

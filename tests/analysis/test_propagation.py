@@ -9,7 +9,7 @@ from flax import linen as nn
 import normjax as nj
 from normjax import linen, propagate
 from normjax.analysis import propagation
-from normjax.carry import carry
+from normjax.linen.carry import carry
 
 KEY = jax.random.key(0)
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 import normjax as nj
 from benchmarks import models, propagation
-from normjax.carry import carry
 from normjax.linen import Norm
+from normjax.linen.carry import carry
 
 
 def draw(*shape):

@@ -15,8 +15,8 @@ import jax
 from flax import linen as nn
 from jax.extend.core import get_opaque_trace_state
 
-from normjax import linen
-from normjax.core import checks, propagate
+from normjax import linen, propagate
+from normjax.core import checks
 from normjax.core.structs import Moments
 
 __all__ = ["Known", "add", "carry", "pointwise"]
@@ -80,7 +80,7 @@ def carry(**given: tuple[jax.Array, Moments]) -> Iterator[Known]:
     Example:
       >>> import jax, jax.numpy as jnp, normjax.linen
       >>> from flax import linen as nn
-      >>> from normjax.carry import carry
+      >>> from normjax.linen.carry import carry
       >>> class Net(nn.Module):
       ...     @nn.compact
       ...     def __call__(self, x, train):

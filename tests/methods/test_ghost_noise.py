@@ -15,7 +15,7 @@ from agreement import TOLERANCE, close, draw, ragged, run, variables
 from scipy import stats
 
 import normjax as nj
-from normjax.methods import noise
+from normjax.methods import ghost_noise as noise
 
 KEY = jax.random.key(0)
 NOISES = [

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from normjax.core import checks, passes, running, spectra, sync
+from normjax.core import checks, passes, running, sync
 from normjax.core.activation import activate
 from normjax.core.cpu import sums_p
 from normjax.core.structs import (
@@ -26,6 +26,7 @@ from normjax.core.structs import (
     affine_params,
 )
 from normjax.core.tracing import traced_once
+from normjax.methods.spectral import transforms as spectra
 
 LARGEST_PRODUCT = 64  # the longest axis for which "auto" multiplies by a matrix
 

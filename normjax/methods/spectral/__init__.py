@@ -1,0 +1,1 @@
+"""Spectral batch normalization: the method, and the transforms of real maps that it takes."""
