@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.interpreters import ad
 from jax.sharding import NamedSharding, PartitionSpec
+
+from normjax.core.compat import kind, varying
 
 
 def align(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -17,23 +18,18 @@ def align(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-def varying(a: jax.Array) -> frozenset[str]:
-    """The manual mesh axes over which `a` varies."""
-    return frozenset(getattr(jax.typeof(a).manual_axis_type, "varying", ()))
-
-
 def spec(a: Any) -> tuple[Any, ...]:
     """For each axis of `a` the Explicit mesh axes over which it is sharded, or None."""
-    kind = _kind(a)
-    return tuple(kind.sharding.spec) + (None,) * (kind.ndim - len(kind.sharding.spec))
+    parts = tuple(kind(a).sharding.spec)
+    return parts + (None,) * (kind(a).ndim - len(parts))
 
 
 def place(a: jax.Array, parts: tuple[Any, ...], like: Any) -> jax.Array:
     """`a` sharded as `parts` say over the Explicit mesh of `like`, or its own if that has none."""
     if spec(a) == parts:
         return a
-    mesh = _kind(like).sharding.mesh
-    mesh = _kind(a).sharding.mesh if mesh.empty else mesh
+    mesh = kind(like).sharding.mesh
+    mesh = kind(a).sharding.mesh if mesh.empty else mesh
     return jax.sharding.reshard(a, NamedSharding(mesh, PartitionSpec(*parts)))
 
 
@@ -41,7 +37,3 @@ def place_like(a: jax.Array, x: jax.Array) -> jax.Array:
     """`a`, which has the rank of `x` and broadcasts to it, sharded as `x` where it is as large."""
     sizes = zip(a.shape, x.shape, spec(x), strict=True)
     return place(a, tuple(part if n == m != 1 else None for n, m, part in sizes), like=x)
-
-
-def _kind(a):
-    return a.aval if ad.is_undefined_primal(a) else jax.typeof(a)
