@@ -7,19 +7,36 @@ layer.
 """
 
 from normjax import propagate as propagate
+from normjax.core.method import Method as Method
+from normjax.core.method import Normalization as Normalization
+from normjax.core.method import Normalizer as Normalizer
+from normjax.core.method import Traits as Traits
+from normjax.core.statistics import Covariances as Covariances
+from normjax.core.statistics import Moments as Moments
+from normjax.core.statistics import Parted as Parted
+from normjax.core.statistics import pool as pool
 from normjax.core.structs import AffineParams as AffineParams
-from normjax.core.structs import Moments as Moments
+from normjax.core.structs import Pool as Pool
 from normjax.core.structs import Running as Running
+from normjax.methods.affine import Affine as Affine
 from normjax.methods.batch import BatchNorm as BatchNorm
 from normjax.methods.batch import BatchRenorm as BatchRenorm
-from normjax.methods.batch import ExclusiveBatchNorm as ExclusiveBatchNorm
-from normjax.methods.batch import InputNorm as InputNorm
 from normjax.methods.batch import Ramp as Ramp
+from normjax.methods.batch import relu_scale as relu_scale
 from normjax.methods.chain import Chain as Chain
 from normjax.methods.chain import chain as chain
+from normjax.methods.derf import Derf as Derf
+from normjax.methods.derf import DerfParams as DerfParams
+from normjax.methods.dynamic import DynamicTanh as DynamicTanh
+from normjax.methods.dynamic import DynamicTanhParams as DynamicTanhParams
+from normjax.methods.ghost import EachPart as EachPart
+from normjax.methods.ghost import EvalNorm as EvalNorm
+from normjax.methods.ghost import ExclusiveBatchNorm as ExclusiveBatchNorm
 from normjax.methods.ghost import Ghost as Ghost
+from normjax.methods.ghost import GhostBatchNorm as GhostBatchNorm
 from normjax.methods.ghost_noise import AnalyticGhostNoise as AnalyticGhostNoise
 from normjax.methods.ghost_noise import GhostNoise as GhostNoise
+from normjax.methods.ghost_noise import GhostNoiseBatchNorm as GhostNoiseBatchNorm
 from normjax.methods.ghost_noise import NoiseState as NoiseState
 from normjax.methods.group import GroupNorm as GroupNorm
 from normjax.methods.group import InstanceNorm as InstanceNorm
@@ -28,13 +45,6 @@ from normjax.methods.kalman import KalmanParams as KalmanParams
 from normjax.methods.kalman import KalmanRunning as KalmanRunning
 from normjax.methods.layer import LayerNorm as LayerNorm
 from normjax.methods.layer import RMSNorm as RMSNorm
-from normjax.methods.pointwise import Affine as Affine
-from normjax.methods.pointwise import DynamicTanh as DynamicTanh
-from normjax.methods.pointwise import DynamicTanhParams as DynamicTanhParams
-from normjax.methods.presets import EvalNorm as EvalNorm
-from normjax.methods.presets import GhostBatchNorm as GhostBatchNorm
-from normjax.methods.presets import GhostNoiseBatchNorm as GhostNoiseBatchNorm
-from normjax.methods.presets import SpatialSpectralBatchNorm as SpatialSpectralBatchNorm
 from normjax.methods.spectral.method import SpectralBatchNorm as SpectralBatchNorm
 from normjax.methods.spectral.method import SpectralRunning as SpectralRunning
 
@@ -46,8 +56,12 @@ __all__ = [
     "BatchNorm",
     "BatchRenorm",
     "Chain",
+    "Covariances",
+    "Derf",
+    "DerfParams",
     "DynamicTanh",
     "DynamicTanhParams",
+    "EachPart",
     "EvalNorm",
     "ExclusiveBatchNorm",
     "Ghost",
@@ -55,20 +69,26 @@ __all__ = [
     "GhostNoise",
     "GhostNoiseBatchNorm",
     "GroupNorm",
-    "InputNorm",
     "InstanceNorm",
     "KalmanNorm",
     "KalmanParams",
     "KalmanRunning",
     "LayerNorm",
+    "Method",
     "Moments",
     "NoiseState",
+    "Normalization",
+    "Normalizer",
+    "Parted",
+    "Pool",
     "RMSNorm",
     "Ramp",
     "Running",
-    "SpatialSpectralBatchNorm",
     "SpectralBatchNorm",
     "SpectralRunning",
+    "Traits",
     "chain",
+    "pool",
     "propagate",
+    "relu_scale",
 ]

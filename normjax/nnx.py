@@ -1,22 +1,25 @@
 """Every method as a Flax NNX module.
 
-One module serves all methods: parameters are `nnx.Param`, running statistics `nnx.BatchStat`,
-random numbers come from the stream `ghost`. The classes with the names of Flax's own have Flax's
-arguments, call signature and variable tree. `model.train()`, `model.eval()` and `nnx.view` switch
-`use_running_average`.
+Parameters are `nnx.Param`, running statistics `nnx.BatchStat`, random numbers come from the stream
+`ghost`. The classes with the names of Flax's own have Flax's arguments, call signature and variable
+tree. `model.train()`, `model.eval()` and `nnx.view` switch `use_running_average`.
 """
 
 import dataclasses
+import inspect
 import types
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
-from flax.nnx.nn import dtypes
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import normjax
 from normjax.core import checks
+from normjax.core.fields import Configuration
+from normjax.core.method import observes, traits
+from normjax.core.statistics import whole
 from normjax.core.structs import to_dict
 from normjax.core.tracing import alike
 
@@ -30,21 +33,30 @@ FLAX_NOTE = """    Flax's `use_fast_variance` is accepted and changes nothing: t
 """
 
 
+class Seen(nnx.Intermediate):
+    """What norms observed of their inputs, `seen`: what `nnx.capture(model, Seen)` returns.
+
+    Example:
+      >>> import jax, normjax.nnx
+      >>> from flax import nnx
+      >>> norm = normjax.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+      >>> nnx.capture(norm, Seen)(jax.numpy.ones((8, 3)))[1]["seen"][0].mean.tolist()
+      [1.0, 1.0, 1.0]
+    """
+
+
 class Norm(nnx.Module):
     """Any method as a module, such as `Norm(nj.chain(nj.LayerNorm(), nj.Affine()), 64, rngs=rngs)`.
 
     Attributes:
-      method: the method, an object with `init` and `apply`; its fields are readable on the module.
+      method: the method (else ValueError); its fields are readable on the module.
       use_running_average: whether calls evaluate with the running statistics instead of training.
-
-    Raises:
-      ValueError: if `method` is none, or `num_features` does not suit it.
 
     Example:
       >>> import jax, normjax as nj, normjax.nnx
       >>> from flax import nnx
       >>> norm = normjax.nnx.Norm(nj.Ghost(nj.BatchNorm(), groups=2), 3, rngs=nnx.Rngs(0))
-      >>> y = norm(jax.random.normal(jax.random.key(0), (8, 3)))
+      >>> y = norm(jax.numpy.ones((8, 3)))
       >>> sorted(nnx.state(norm))
       ['bias', 'mean', 'scale', 'var']
     """
@@ -58,40 +70,27 @@ class Norm(nnx.Module):
         rngs: nnx.Rngs,
         metadata: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        """Makes parameters and statistics.
+        """Makes parameters and statistics for `num_features` on the feature axis, or axes.
 
         Args:
-          method: the method.
-          num_features: size of the feature axis, or sizes of the feature axes.
-          use_running_average: as the attribute.
           rngs: the stream `params` initializes; `ghost` is kept if the method draws random numbers.
-          metadata: of the variables of each name, such as `{"scale": {"sharding_names":
-            ("model",)}}`.
+          metadata: of variables by name, as `{"scale": {"sharding_names": ("model",)}}`.
         """
-        checks.method("Norm", method)
+        checks.require("Norm", "method", method, checks.method)
         self._configuration = _Configuration(method)
         self.num_features = num_features
-        if checks.depends_on_train(method):
+        if traits(method).trains:
             self.use_running_average = use_running_average
-        if checks.is_random(method):
+        if traits(method).random:
             self.rngs = rngs["ghost"].fork()
         params, state = method.init(jax.random.key(0), num_features)
         self._structure = jax.tree.structure((params, state))
-        metadata = metadata or {}
-
-        def fresh(path):
-            value = to_dict(method.init(rngs.params(), num_features)[0])
-            for name in path:
-                value = value[name]
-            return value
-
-        variables = _merge(
-            _map(
-                lambda path, _: nnx.Param(fresh(path), **metadata.get(path[-1], {})),
-                to_dict(params),
-            ),
-            _map(lambda path, a: nnx.BatchStat(a, **metadata.get(path[-1], {})), to_dict(state)),
-        )
+        flat = lambda tree: flatten_dict(to_dict(tree))
+        fresh = lambda path: flat(method.init(rngs.params(), num_features)[0])[path]
+        about = lambda path: (metadata or {}).get(path[-1], {})
+        made = {p: nnx.Param(fresh(p), **about(p)) for p in flat(params)}
+        made |= {p: nnx.BatchStat(a, **about(p)) for p, a in flat(state).items()}
+        variables = unflatten_dict(made)
         for name in dict.fromkeys((*getattr(params, "_fields", ()), *variables)):
             value = variables.get(name)
             setattr(self, name, _nested(value) if isinstance(value, dict) else nnx.data(value))
@@ -103,37 +102,30 @@ class Norm(nnx.Module):
         *,
         mask: jax.Array | None = None,
         **inputs: Any,
-    ) -> Any:
+    ) -> jax.Array:
         """Normalizes `x` and, in training, moves the statistics.
 
-        Args:
-          x: real array with `num_features` on the feature axis.
-          use_running_average: overrides the attribute for this call.
-          mask: broadcasts to `x`; positions where it is False do not enter the statistics.
-          **inputs: what else the method takes.
+        `use_running_average` overrides the attribute; `mask` and `inputs` are those of the method.
         """
-        if not (use_running_average is None or isinstance(use_running_average, bool)):
-            raise TypeError(
-                f"{type(self).__name__}: use_running_average={use_running_average!r} is not "
-                "True or False; a mask is given by name."
-            )
-        evaluate = use_running_average
+        name, evaluate = type(self).__name__, use_running_average
+        if not (evaluate is None or isinstance(evaluate, bool)):
+            hint = "is not True or False; a mask is given by name."
+            raise TypeError(f"{name}: use_running_average={evaluate!r} {hint}")
         if evaluate is None:
             evaluate = getattr(self, "use_running_average", False)
         if evaluate is None:
-            raise ValueError(
-                f"{type(self).__name__}: use_running_average was given neither at construction "
-                "nor at the call."
-            )
-        structure = self._structure
-        params, state = jax.tree.unflatten(structure, range(structure.num_leaves))
-        params = self._values(params)
-        state = self._values(state)
-        key = self.rngs() if not evaluate and checks.is_random(self.method) else None
+            hint = "was given neither at construction nor at the call."
+            raise ValueError(f"{name}: use_running_average {hint}")
+        places = jax.tree.unflatten(self._structure, range(self._structure.num_leaves))
+        params, state = (self._values(tree) for tree in places)
+        key = self.rngs() if not evaluate and traits(self.method).random else None
         how = dict(train=not evaluate, mask=mask, key=key, **inputs)
         y, state = self.method.apply(params, state, x, **how)
-        if not evaluate:
-            _map(self._move, to_dict(state))
+        moved = {} if evaluate else flatten_dict(to_dict(state))
+        for path, value in moved.items():
+            self._variable(path).set_value(jax.lax.stop_gradient(value))
+        if Seen in map(type, getattr(self, "__captures__", ())) and observes(self.method):
+            self.sow(Seen, "seen", whole(self.method.observe(x, mask)))
         return y
 
     def set_view(self, use_running_average: bool | None = None):
@@ -143,12 +135,12 @@ class Norm(nnx.Module):
           use_running_average: evaluate with the running statistics; None leaves the attribute
             alone.
         """
-        if use_running_average is not None and checks.depends_on_train(self.method):
+        if use_running_average is not None and traits(self.method).trains:
             self.use_running_average = use_running_average
 
     @property
     def method(self) -> Any:
-        """The method, whose initializers are those that made the parameters."""
+        """The method."""
         return vars(self)["_configuration"].method
 
     def __getattr__(self, name: str) -> Any:
@@ -162,44 +154,35 @@ class Norm(nnx.Module):
             name = "_configuration"
         super().__setattr__(name, value)
 
-    def _variable(self, path):
+    def _variable(self, path) -> Any:
         value = getattr(self, path[0], None)
         for name in path[1:]:
             value = None if value is None else value.get(name)
         return value
 
-    def _move(self, path, value):
-        variable: Any = self._variable(path)
-        variable.set_value(jax.lax.stop_gradient(value))
-
     def _values(self, tree, path=()):
         """Parameters or state as the variables are now: optional ones may come and go."""
-        if not (isinstance(tree, dict) or hasattr(tree, "_fields")):
-            return tree  # no variables at all
-        fields = tree if isinstance(tree, dict) else tree._asdict()
+        if tree == ():
+            return tree
         values = {}
-        for name, spec in fields.items():
-            where = (*path, name)
-            part = isinstance(spec, dict | tuple)
-            values[name] = self._values(spec, where) if part else self._value(tree, where)
+        for name, part in (tree if isinstance(tree, dict) else tree._asdict()).items():
+            at = (*path, name)
+            variable = self._variable(at)
+            if isinstance(part, dict | tuple):
+                values[name] = self._values(part, at)
+            elif variable is not None or name in getattr(tree, "_field_defaults", ()):
+                values[name] = None if variable is None else variable[...]
+            else:
+                raise AttributeError(
+                    f"{type(self).__name__}: {'.'.join(at)} is gone, which {self.method!r} needs."
+                )
         return values if isinstance(tree, dict) else type(tree)(**values)
-
-    def _value(self, tree, path):
-        variable, name = self._variable(path), path[-1]
-        if variable is not None:
-            return variable[...]
-        if name not in getattr(tree, "_field_defaults", ()):
-            raise AttributeError(
-                f"{type(self).__name__}: {'.'.join(path)} is gone, but {self.method!r} needs it."
-            )
-        return None
 
 
 class _Configuration:
-    """A method as static metadata of a module: equal if made alike.
+    """A method as static metadata of a module, equal if made alike.
 
-    Functions made alike, such as `nnx.initializers.constant(0.1)` twice, are different objects, and
-    so modules that hold them would differ, be traced again and not be stacked.
+    Else modules with two times `nnx.initializers.constant(0.1)` could not be stacked.
     """
 
     def __init__(self, method):
@@ -217,61 +200,34 @@ class _Configuration:
 
 def _fields(module):
     """Names of the fields of the module's method, which read and set as the module's own."""
-    configuration = vars(module).get("_configuration")
-    fields = getattr(getattr(configuration, "method", None), "__dataclass_fields__", {})
-    return fields.keys() - {"method"}
-
-
-def _map(function, tree, path=()):
-    """`function(path, leaf)` for every leaf of nested dicts."""
-    return {
-        name: _map(function, value, (*path, name))
-        if isinstance(value, dict)
-        else function((*path, name), value)
-        for name, value in tree.items()
-    }
-
-
-def _merge(a, b):
-    both = {name: _merge(a[name], b[name]) for name in a.keys() & b.keys()}
-    return {**a, **b, **both}
+    configuration = vars(module).get("_configuration", _Configuration(None))
+    return getattr(configuration.method, "__dataclass_fields__", {}).keys() - {"method"}
 
 
 def _nested(tree):
     return nnx.Dict({k: _nested(v) if isinstance(v, dict) else v for k, v in tree.items()})
 
 
-def _module(method, *, like_flax=False, mask_second=False):
+def _module(method):
     """The module class of `method`: it takes the fields of the method and has its documentation."""
-    fields = dataclasses.fields(method)
-    positional = [f.name for f in fields if not f.kw_only]
+    like_flax = hasattr(nnx, method.__name__)
 
-    def __init__(self, num_features, *args, use_running_average=False, rngs, **given):
-        name = type(self).__name__
-        if len(args) > len(positional):
-            raise TypeError(
-                f"{name}: {len(args)} positional arguments after num_features are too many."
-            )
-        named = dict(zip(positional, args, strict=False))
-        if twice := named.keys() & given.keys():
-            raise TypeError(f"{name}: {min(twice)} is given by position and by name.")
-        given = {**named, **given}
-        metadata = {
-            key.removesuffix("_metadata"): given.pop(key)
-            for key in list(given)
-            if key in ("scale_metadata", "bias_metadata")
-        }
+    def __init__(
+        self,
+        num_features,
+        *args,
+        use_running_average=False,
+        rngs,
+        scale_metadata=None,
+        bias_metadata=None,
+        **given,
+    ):
         if like_flax:
             given.pop("use_fast_variance", None)
-            _check_promotion(name, given.pop("promote_dtype", None))
-        Norm.__init__(
-            self,
-            method(**given),
-            num_features,
-            use_running_average=use_running_average,
-            rngs=rngs,
-            metadata=metadata,
-        )
+            _check_promotion(type(self).__name__, given.pop("promote_dtype", None))
+        metadata = {"scale": scale_metadata or {}, "bias": bias_metadata or {}}
+        how = dict[str, Any](use_running_average=use_running_average, rngs=rngs, metadata=metadata)
+        Norm.__init__(self, method(*args, **given), num_features, **how)
 
     def call_with_mask(self, x, mask=None, **how):
         return Norm.__call__(self, x, mask=mask, **how)
@@ -281,61 +237,25 @@ def _module(method, *, like_flax=False, mask_second=False):
         notes = (NOTE, FLAX_NOTE if like_flax else "")
         namespace["__doc__"] = method.__doc__.rstrip() + "\n" + "".join(notes)
         namespace["__init__"] = __init__
-        if mask_second:
+        if method is normjax.RMSNorm:  # as Flax's
             namespace["__call__"] = call_with_mask
 
     return types.new_class(method.__name__, (Norm,), {}, body)
 
 
 def _check_promotion(name, promote):
-    if promote not in (None, dtypes.promote_dtype):
+    flax = inspect.signature(nnx.LayerNorm.__init__).parameters.get("promote_dtype")
+    if promote not in (None, getattr(flax, "default", None)):
         raise ValueError(
             f"{name}: promote_dtype={promote!r} is not supported: statistics and arithmetic are in "
             "at least float32, and `dtype` sets the dtype of the output."
         )
 
 
-BatchNorm = _module(normjax.BatchNorm, like_flax=True)
-BatchRenorm = _module(normjax.BatchRenorm)
-InputNorm = _module(normjax.InputNorm)
-LayerNorm = _module(normjax.LayerNorm, like_flax=True)
-RMSNorm = _module(normjax.RMSNorm, like_flax=True, mask_second=True)
-GroupNorm = _module(normjax.GroupNorm, like_flax=True)
-InstanceNorm = _module(normjax.InstanceNorm, like_flax=True)
-Affine = _module(normjax.Affine)
-DynamicTanh = _module(normjax.DynamicTanh)
-Ghost = _module(normjax.Ghost)
-GhostBatchNorm = _module(normjax.GhostBatchNorm)
-ExclusiveBatchNorm = _module(normjax.ExclusiveBatchNorm)
-EvalNorm = _module(normjax.EvalNorm)
-GhostNoise = _module(normjax.GhostNoise)
-AnalyticGhostNoise = _module(normjax.AnalyticGhostNoise)
-GhostNoiseBatchNorm = _module(normjax.GhostNoiseBatchNorm)
-KalmanNorm = _module(normjax.KalmanNorm)
-Chain = _module(normjax.Chain)
-SpectralBatchNorm = _module(normjax.SpectralBatchNorm)
-SpatialSpectralBatchNorm = _module(normjax.SpatialSpectralBatchNorm)
-
-__all__ = [
-    "Affine",
-    "AnalyticGhostNoise",
-    "BatchNorm",
-    "BatchRenorm",
-    "Chain",
-    "DynamicTanh",
-    "EvalNorm",
-    "ExclusiveBatchNorm",
-    "Ghost",
-    "GhostBatchNorm",
-    "GhostNoise",
-    "GhostNoiseBatchNorm",
-    "GroupNorm",
-    "InputNorm",
-    "InstanceNorm",
-    "KalmanNorm",
-    "LayerNorm",
-    "Norm",
-    "RMSNorm",
-    "SpatialSpectralBatchNorm",
-    "SpectralBatchNorm",
-]
+MODULES = {
+    name: _module(thing)
+    for name, thing in vars(normjax).items()
+    if isinstance(thing, type) and issubclass(thing, Configuration)
+}
+globals().update(MODULES)  # their types are in the stub
+__all__ = sorted(["Norm", "Seen", *MODULES])  # pyright: ignore[reportUnsupportedDunderAll]

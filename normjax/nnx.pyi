@@ -26,7 +26,7 @@ class Norm(flax_nnx.Module):
         *,
         mask: jax.Array | None = None,
         **inputs: Any,
-    ) -> Any: ...
+    ) -> jax.Array: ...
     def set_view(self, use_running_average: bool | None = None) -> None: ...
     def __getattr__(self, name: str) -> Any: ...
 
@@ -34,10 +34,10 @@ class Affine(Norm):
     axis: int | tuple[int, ...]
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
     activation: Callable[[jax.Array], jax.Array] | None
     def __init__(
         self,
@@ -48,24 +48,24 @@ class Affine(Norm):
         axis: int | tuple[int, ...] = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
         activation: Callable[[jax.Array], jax.Array] | None = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
 class AnalyticGhostNoise(Norm):
-    ghost_batch_size: int
     axis: int | tuple[int, ...]
     dtype: Any
     axis_name: str | tuple[str, ...] | None
     noise: Literal["both", "shift", "scale"]
-    shift_unit: Literal["one", "deviation", "deviation, differentiated"]
     strength: float | Callable[[Any], Any]
     unbiased_scale: bool
+    ghost_batch_size: int
+    shift_unit: Literal["one", "deviation", "deviation, differentiated"]
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -77,27 +77,27 @@ class AnalyticGhostNoise(Norm):
         dtype: Any = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         noise: Literal["both", "shift", "scale"] = ...,
-        shift_unit: Literal["one", "deviation", "deviation, differentiated"] = ...,
         strength: float | Callable[[Any], Any] = ...,
         unbiased_scale: bool = ...,
+        shift_unit: Literal["one", "deviation", "deviation, differentiated"] = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
 class BatchNorm(Norm):
     axis: int | tuple[int, ...]
-    momentum: float
-    epsilon: float
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
-    running_average: Literal["exponential", "debiased", "cumulative"]
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative", "pooled"]
     unbiased_running_var: bool
     skip_nonfinite: bool
     constant_statistics: bool
@@ -108,18 +108,18 @@ class BatchNorm(Norm):
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
         axis: int | tuple[int, ...] = ...,
-        momentum: float = ...,
-        epsilon: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
-        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative", "pooled"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
         constant_statistics: bool = ...,
@@ -131,18 +131,18 @@ class BatchNorm(Norm):
 
 class BatchRenorm(Norm):
     axis: int | tuple[int, ...]
-    momentum: float
-    epsilon: float
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
-    running_average: Literal["exponential", "debiased", "cumulative"]
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative", "pooled"]
     unbiased_running_var: bool
     skip_nonfinite: bool
     constant_statistics: bool
@@ -155,18 +155,18 @@ class BatchRenorm(Norm):
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
         axis: int | tuple[int, ...] = ...,
-        momentum: float = ...,
-        epsilon: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
-        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative", "pooled"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
         constant_statistics: bool = ...,
@@ -189,15 +189,16 @@ class Chain(Norm):
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
-class DynamicTanh(Norm):
+class Derf(Norm):
     axis: int | tuple[int, ...]
-    alpha_init: float
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    alpha_init: float
+    shift_init: float
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -205,55 +206,83 @@ class DynamicTanh(Norm):
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
         axis: int | tuple[int, ...] = ...,
-        alpha_init: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        alpha_init: float = ...,
+        shift_init: float = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class DynamicTanh(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    alpha_init: float
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        alpha_init: float = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
 class EvalNorm(Norm):
     axis: int | tuple[int, ...]
-    momentum: float
-    epsilon: float
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
+    momentum: float | Callable[[Any], Any]
     running_average: Literal["exponential", "debiased", "cumulative"]
     unbiased_running_var: bool
     skip_nonfinite: bool
     constant_statistics: bool
-    ghost_batch_size: int | None
+    ghost_batch_size: int
     own_weight: Literal["1/N", "1/N^2"]
     def __init__(
         self,
         num_features: int | tuple[int, ...],
-        ghost_batch_size: int | None,
+        ghost_batch_size: int,
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
         axis: int | tuple[int, ...] = ...,
-        momentum: float = ...,
-        epsilon: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        momentum: float | Callable[[Any], Any] = ...,
         running_average: Literal["exponential", "debiased", "cumulative"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
@@ -265,18 +294,18 @@ class EvalNorm(Norm):
 
 class ExclusiveBatchNorm(Norm):
     axis: int | tuple[int, ...]
-    momentum: float
-    epsilon: float
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
-    running_average: Literal["exponential", "debiased", "cumulative"]
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative", "pooled"]
     unbiased_running_var: bool
     skip_nonfinite: bool
     constant_statistics: bool
@@ -289,18 +318,18 @@ class ExclusiveBatchNorm(Norm):
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
         axis: int | tuple[int, ...] = ...,
-        momentum: float = ...,
-        epsilon: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
-        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative", "pooled"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
         constant_statistics: bool = ...,
@@ -311,6 +340,7 @@ class ExclusiveBatchNorm(Norm):
 class Ghost(Norm):
     method: Any
     groups: int
+    running: Literal["all", "first"]
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -319,23 +349,24 @@ class Ghost(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        running: Literal["all", "first"] = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
 class GhostBatchNorm(Norm):
     axis: int | tuple[int, ...]
-    momentum: float
-    epsilon: float
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
+    momentum: float | Callable[[Any], Any]
     running_average: Literal["exponential", "debiased", "cumulative"]
     unbiased_running_var: bool
     skip_nonfinite: bool
@@ -349,17 +380,17 @@ class GhostBatchNorm(Norm):
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
         axis: int | tuple[int, ...] = ...,
-        momentum: float = ...,
-        epsilon: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        momentum: float | Callable[[Any], Any] = ...,
         running_average: Literal["exponential", "debiased", "cumulative"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
@@ -369,17 +400,17 @@ class GhostBatchNorm(Norm):
     ) -> None: ...
 
 class GhostNoise(Norm):
-    ghost_batch_size: int | None
     axis: int | tuple[int, ...]
-    epsilon: float
     dtype: Any
     axis_name: str | tuple[str, ...] | None
-    drawing: Literal["replacement", "partition", "shuffle", "consecutive"]
     noise: Literal["both", "shift", "scale"]
-    independent_channels: bool
-    effective_size: float | None
     strength: float | Callable[[Any], Any]
     unbiased_scale: bool
+    ghost_batch_size: int | None
+    drawing: Literal["replacement", "partition", "shuffle", "consecutive"]
+    independent_channels: bool
+    effective_size: float | None
+    epsilon: float
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -388,44 +419,44 @@ class GhostNoise(Norm):
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
         axis: int | tuple[int, ...] = ...,
-        epsilon: float = ...,
         dtype: Any = ...,
         axis_name: str | tuple[str, ...] | None = ...,
-        drawing: Literal["replacement", "partition", "shuffle", "consecutive"] = ...,
         noise: Literal["both", "shift", "scale"] = ...,
-        independent_channels: bool = ...,
-        effective_size: float | None = ...,
         strength: float | Callable[[Any], Any] = ...,
         unbiased_scale: bool = ...,
+        drawing: Literal["replacement", "partition", "shuffle", "consecutive"] = ...,
+        independent_channels: bool = ...,
+        effective_size: float | None = ...,
+        epsilon: float = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
 class GhostNoiseBatchNorm(Norm):
     axis: int | tuple[int, ...]
-    momentum: float
-    epsilon: float
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
-    running_average: Literal["exponential", "debiased", "cumulative"]
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative", "pooled"]
     unbiased_running_var: bool
     skip_nonfinite: bool
     constant_statistics: bool
-    ghost_batch_size: int | None
-    noise_epsilon: float
-    drawing: Literal["replacement", "partition", "shuffle", "consecutive"]
     noise: Literal["both", "shift", "scale"]
-    independent_channels: bool
-    effective_size: float | None
     strength: float | Callable[[Any], Any]
     unbiased_scale: bool
+    ghost_batch_size: int | None
+    drawing: Literal["replacement", "partition", "shuffle", "consecutive"]
+    independent_channels: bool
+    effective_size: float | None
+    noise_epsilon: float
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -434,46 +465,46 @@ class GhostNoiseBatchNorm(Norm):
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
         axis: int | tuple[int, ...] = ...,
-        momentum: float = ...,
-        epsilon: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
-        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative", "pooled"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
         constant_statistics: bool = ...,
-        noise_epsilon: float = ...,
-        drawing: Literal["replacement", "partition", "shuffle", "consecutive"] = ...,
         noise: Literal["both", "shift", "scale"] = ...,
-        independent_channels: bool = ...,
-        effective_size: float | None = ...,
         strength: float | Callable[[Any], Any] = ...,
         unbiased_scale: bool = ...,
+        drawing: Literal["replacement", "partition", "shuffle", "consecutive"] = ...,
+        independent_channels: bool = ...,
+        effective_size: float | None = ...,
+        noise_epsilon: float = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
 class GroupNorm(Norm):
-    num_groups: int | None
-    group_size: int | None
-    epsilon: float
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
-    reduction_axes: int | tuple[int, ...] | None
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
+    num_groups: int | None
+    group_size: int | None
+    reduction_axes: int | tuple[int, ...] | None
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -482,91 +513,52 @@ class GroupNorm(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
-        epsilon: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
-        reduction_axes: int | tuple[int, ...] | None = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        reduction_axes: int | tuple[int, ...] | None = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
         use_fast_variance: bool = ...,
         promote_dtype: Any = ...,
     ) -> None: ...
 
-class InputNorm(Norm):
-    axis: int | tuple[int, ...]
-    momentum: float
-    epsilon: float
-    dtype: Any
-    param_dtype: Any
-    use_scale: bool
-    scale_init: Callable[..., Any]
-    axis_name: str | tuple[str, ...] | None
-    axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
-    running_average: Literal["exponential", "debiased", "cumulative"]
-    unbiased_running_var: bool
-    skip_nonfinite: bool
-    constant_statistics: bool
-    def __init__(
-        self,
-        num_features: int | tuple[int, ...],
-        *,
-        use_running_average: bool = False,
-        rngs: flax_nnx.Rngs,
-        axis: int | tuple[int, ...] = ...,
-        momentum: float = ...,
-        epsilon: float = ...,
-        dtype: Any = ...,
-        param_dtype: Any = ...,
-        use_scale: bool = ...,
-        scale_init: Callable[..., Any] = ...,
-        axis_name: str | tuple[str, ...] | None = ...,
-        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
-        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
-        unbiased_running_var: bool = ...,
-        skip_nonfinite: bool = ...,
-        constant_statistics: bool = ...,
-        scale_metadata: Mapping[str, Any] = ...,
-        bias_metadata: Mapping[str, Any] = ...,
-    ) -> None: ...
-
 class InstanceNorm(Norm):
-    epsilon: float
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
-    feature_axes: int | tuple[int, ...]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
+    feature_axes: int | tuple[int, ...]
     def __init__(
         self,
         num_features: int | tuple[int, ...],
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
-        epsilon: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
-        feature_axes: int | tuple[int, ...] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        feature_axes: int | tuple[int, ...] = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
         use_fast_variance: bool = ...,
@@ -575,29 +567,26 @@ class InstanceNorm(Norm):
 
 class KalmanNorm(Norm):
     axis: int | tuple[int, ...]
-    momentum: float
-    epsilon: float
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
-    running_average: Literal["exponential", "debiased", "cumulative"]
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative", "pooled"]
     unbiased_running_var: bool
     skip_nonfinite: bool
     constant_statistics: bool
-    gain: float | str
+    gain: float | Literal["learned", "computed"]
     gain_per: Literal["layer", "channel"]
     initial_gain: float
     effective_size: float | None
-    groups: int
     guard: float | None
-    posterior: Literal["output", "fused"]
-    running_group: Literal["all", "first"]
     require_prior: bool
     transition: str | None
     prior_features: int | None
@@ -609,29 +598,26 @@ class KalmanNorm(Norm):
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
         axis: int | tuple[int, ...] = ...,
-        momentum: float = ...,
-        epsilon: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
-        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative", "pooled"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
         constant_statistics: bool = ...,
-        gain: float | str = ...,
+        gain: float | Literal["learned", "computed"] = ...,
         gain_per: Literal["layer", "channel"] = ...,
         initial_gain: float = ...,
         effective_size: float | None = ...,
-        groups: int = ...,
         guard: float | None = ...,
-        posterior: Literal["output", "fused"] = ...,
-        running_group: Literal["all", "first"] = ...,
         require_prior: bool = ...,
         transition: str | None = ...,
         prior_features: int | None = ...,
@@ -641,36 +627,36 @@ class KalmanNorm(Norm):
     ) -> None: ...
 
 class LayerNorm(Norm):
-    epsilon: float
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
-    reduction_axes: int | tuple[int, ...]
-    feature_axes: int | tuple[int, ...]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
+    reduction_axes: int | tuple[int, ...]
+    feature_axes: int | tuple[int, ...]
     def __init__(
         self,
         num_features: int | tuple[int, ...],
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
-        epsilon: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
-        reduction_axes: int | tuple[int, ...] = ...,
-        feature_axes: int | tuple[int, ...] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        reduction_axes: int | tuple[int, ...] = ...,
+        feature_axes: int | tuple[int, ...] = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
         use_fast_variance: bool = ...,
@@ -678,107 +664,54 @@ class LayerNorm(Norm):
     ) -> None: ...
 
 class RMSNorm(Norm):
-    epsilon: float
     dtype: Any
     param_dtype: Any
     use_scale: bool
     scale_init: Callable[..., Any]
-    reduction_axes: int | tuple[int, ...]
-    feature_axes: int | tuple[int, ...]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
+    reduction_axes: int | tuple[int, ...]
+    feature_axes: int | tuple[int, ...]
     def __init__(
         self,
         num_features: int | tuple[int, ...],
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
-        epsilon: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
         use_scale: bool = ...,
         scale_init: Callable[..., Any] = ...,
-        reduction_axes: int | tuple[int, ...] = ...,
-        feature_axes: int | tuple[int, ...] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        reduction_axes: int | tuple[int, ...] = ...,
+        feature_axes: int | tuple[int, ...] = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
         use_fast_variance: bool = ...,
         promote_dtype: Any = ...,
     ) -> None: ...
 
-class SpatialSpectralBatchNorm(Norm):
-    axis: int | tuple[int, ...]
-    momentum: float
-    epsilon: float
-    dtype: Any
-    param_dtype: Any
-    use_bias: bool
-    use_scale: bool
-    bias_init: Callable[..., Any]
-    scale_init: Callable[..., Any]
-    axis_name: str | tuple[str, ...] | None
-    axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
-    running_average: Literal["exponential", "debiased", "cumulative"]
-    unbiased_running_var: bool
-    skip_nonfinite: bool
-    statistics: Literal["channel", "frequency", "ring"]
-    spectrum: Literal["full", "half"]
-    fft_norm: Literal["ortho", "backward", "forward", "full"]
-    spatial_axes: int | tuple[int, ...] | None
-    map_size: tuple[int, ...] | None
-    bands: int
-    route: Literal["auto", "spatial", "matmul", "fft"]
-    def __init__(
-        self,
-        num_features: int | tuple[int, ...],
-        *,
-        use_running_average: bool = False,
-        rngs: flax_nnx.Rngs,
-        axis: int | tuple[int, ...] = ...,
-        momentum: float = ...,
-        epsilon: float = ...,
-        dtype: Any = ...,
-        param_dtype: Any = ...,
-        use_bias: bool = ...,
-        use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
-        scale_init: Callable[..., Any] = ...,
-        axis_name: str | tuple[str, ...] | None = ...,
-        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
-        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
-        unbiased_running_var: bool = ...,
-        skip_nonfinite: bool = ...,
-        statistics: Literal["channel", "frequency", "ring"] = ...,
-        spectrum: Literal["full", "half"] = ...,
-        fft_norm: Literal["ortho", "backward", "forward", "full"] = ...,
-        spatial_axes: int | tuple[int, ...] | None = ...,
-        map_size: tuple[int, ...] | None = ...,
-        bands: int = ...,
-        route: Literal["auto", "spatial", "matmul", "fft"] = ...,
-        scale_metadata: Mapping[str, Any] = ...,
-        bias_metadata: Mapping[str, Any] = ...,
-    ) -> None: ...
+class Seen(flax_nnx.Intermediate[Any]): ...
 
 class SpectralBatchNorm(Norm):
     axis: int | tuple[int, ...]
-    momentum: float
-    epsilon: float
     dtype: Any
     param_dtype: Any
-    use_bias: bool
     use_scale: bool
-    bias_init: Callable[..., Any]
     scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
     axis_name: str | tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    activation: Callable[[jax.Array], jax.Array] | None
-    running_average: Literal["exponential", "debiased", "cumulative"]
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative", "pooled"]
     unbiased_running_var: bool
     skip_nonfinite: bool
     statistics: Literal["channel", "frequency", "ring"]
@@ -795,18 +728,18 @@ class SpectralBatchNorm(Norm):
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
         axis: int | tuple[int, ...] = ...,
-        momentum: float = ...,
-        epsilon: float = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
-        use_bias: bool = ...,
         use_scale: bool = ...,
-        bias_init: Callable[..., Any] = ...,
         scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
-        activation: Callable[[jax.Array], jax.Array] | None = ...,
-        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative", "pooled"] = ...,
         unbiased_running_var: bool = ...,
         skip_nonfinite: bool = ...,
         statistics: Literal["channel", "frequency", "ring"] = ...,
@@ -826,6 +759,7 @@ __all__ = [
     "BatchNorm",
     "BatchRenorm",
     "Chain",
+    "Derf",
     "DynamicTanh",
     "EvalNorm",
     "ExclusiveBatchNorm",
@@ -834,12 +768,11 @@ __all__ = [
     "GhostNoise",
     "GhostNoiseBatchNorm",
     "GroupNorm",
-    "InputNorm",
     "InstanceNorm",
     "KalmanNorm",
     "LayerNorm",
     "Norm",
     "RMSNorm",
-    "SpatialSpectralBatchNorm",
+    "Seen",
     "SpectralBatchNorm",
 ]

@@ -1,9 +1,8 @@
 """Moments and the affine application: the only passes over an activation.
 
 Statistics and arithmetic are in at least float32 (float64 stays); the variance is two-pass, hence
-exact at any offset. Reverse mode keeps the input and the small statistics. The two applications
-differ in where scale and bias live: in `affine` they broadcast like the statistics, in `rows` they
-lie on reduced axes (layer norm).
+exact at any offset. Reverse mode keeps the input and the small statistics. In `affine` scale and
+bias broadcast like the statistics, in `rows` they lie on reduced axes (layer norm).
 
 With c = x - mean and g the cotangent, sums over what the small arrays lack, and n the count:
 
@@ -26,11 +25,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax.core import checks, groups
-from normjax.core.activation import activate, activation_cotangent, activation_tangent
-from normjax.core.cpu import fence, sum_of, sums_of
+from normjax.core.cpu import fence, sums_of
 from normjax.core.linear import Input, differentiated
-from normjax.core.sharding import align, place_like
-from normjax.core.structs import AffineParams, Moments
+from normjax.core.method import Normalizer
+from normjax.core.sharding import align, place_like, spec
+from normjax.core.statistics import Moments
+from normjax.core.structs import Mask
 
 
 def wide(dtype: Any) -> Any:
@@ -43,10 +43,18 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(wide(x.dtype))
 
 
-def inputs(name: str, x: Any, mask: Any) -> tuple[Any, jax.Array | None]:
-    """The checked `Input` and mask; masked positions are zero: no gradient sees the padding."""
-    x = checks.real(name, x)
-    mask = checks.mask(name, mask, x.shape)
+def as_wide(x: jax.Array | Input, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """`arrays` in the dtype of statistics and arithmetic for `x`."""
+    return tuple(a.astype(wide(x.dtype)) for a in arrays)
+
+
+def inputs(method: Any, x: Any, mask: Any) -> tuple[Any, Mask]:
+    """The checked mask and `Input`, which is zero where masked: no gradient sees the padding."""
+    if isinstance(x, Input):  # from an earlier call
+        return x, mask
+    name = type(method).__name__
+    x = checks.as_real(name, x)
+    mask = checks.as_mask(name, mask, x.shape)
     return carried(x if mask is None else _drop(x, mask)), mask
 
 
@@ -60,9 +68,9 @@ def value(x: Any) -> jax.Array:
     return x.value
 
 
-def keep(mask: jax.Array, x: jax.Array) -> jax.Array:
-    """`x` where `mask`, else zero; linear in `x` and its own transpose."""
-    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+def keep(mask: Mask, x: jax.Array) -> jax.Array:
+    """`x` where `mask` (None: everywhere), else zero; linear in `x` and its own transpose."""
+    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
 @differentiated(
@@ -79,7 +87,7 @@ def moments(
     x: jax.Array | Input,
     axes: tuple[int, ...],
     *,
-    mask: jax.Array | None = None,
+    mask: Mask = None,
     centred: bool = True,
     channel_groups: int | None = None,
 ) -> Moments:
@@ -118,13 +126,11 @@ def _pool(a, channel_groups):
 
 def _average(a, mask, n, how):
     axes, channel_groups = how
-    total = jnp.sum(a if mask is None else keep(mask, a), axes, keepdims=True)
-    return _pool(total, channel_groups) / n
+    return _pool(jnp.sum(keep(mask, a), axes, keepdims=True), channel_groups) / n
 
 
 def _square(x, centre, mask=None):
-    square = jnp.square(widen(x) - centre)
-    return square if mask is None else keep(mask, square)
+    return keep(mask, jnp.square(widen(x) - centre))
 
 
 def _mean_var_tangent(how, saved, tangents):
@@ -137,8 +143,7 @@ def _mean_var_transpose(how, saved, cotangents):
     x, mean, mask, n = saved
     shift, slope = (_pool(c / n, how[1]) for c in cotangents)
     x, mean, shift, slope = fence(x, mean, shift, 2 * slope)
-    dx = (widen(x) - mean) * slope + shift
-    return (dx if mask is None else keep(mask, dx),)
+    return (keep(mask, (widen(x) - mean) * slope + shift),)
 
 
 @differentiated(
@@ -152,7 +157,8 @@ def _mean_var(x, mask, n, how):
     axes, channel_groups = how
     mean = _average(widen(*fence(x)), mask, n, how)
     valid = () if mask is None else (mask,)
-    return mean, _pool(sum_of(_square, axes, *fence(x, mean, *valid)), channel_groups) / n
+    (square,) = sums_of(_square, axes, *fence(x, mean, *valid))
+    return mean, _pool(square, channel_groups) / n
 
 
 def _mean_square_tangent(how, saved, tangents):
@@ -163,8 +169,7 @@ def _mean_square_tangent(how, saved, tangents):
 def _mean_square_transpose(how, saved, g):
     x, mask, n = saved
     x, slope = fence(x, 2 * _pool(g / n, how[1]))
-    dx = widen(x) * slope
-    return (dx if mask is None else keep(mask, dx),)
+    return (keep(mask, widen(x) * slope),)
 
 
 @differentiated(_mean_square_tangent, _mean_square_transpose, static=1, moving=1)
@@ -183,29 +188,40 @@ def inverse_deviation(var: jax.Array, epsilon: float) -> jax.Array:
     return lax.rsqrt(var + epsilon)
 
 
-def normalize(
-    method: Any, x: jax.Array | Input, mean: jax.Array | None, var: jax.Array, params: AffineParams
+def apply(
+    x: jax.Array | Input,
+    normalizer: Normalizer,
+    features: tuple[int, ...] = (),
+    *,
+    activation: Callable | None = None,
+    dtype: Any = None,
 ) -> jax.Array:
-    """`activation((x - mean) / sqrt(var + epsilon) * scale + bias)` in `dtype`, or in that of `x`.
+    """Applies `normalizer`, whose arrays may have the shape of the axes `features` of `x`.
 
-    Epsilon, activation and dtype are those of `method`. `mean` (None: zero), `var` and the
-    parameters have the rank of `x` and broadcast to it.
+    Computed wide; the output has `dtype`, or that of `x`.
     """
-    dtype = wide(x.dtype)
-    mean, scale, bias = (None if a is None else a.astype(dtype) for a in (mean, *params))
+    work = wide(x.dtype)
     x = carried(x)
-    scale, bias = (None if a is None else place_like(a, x.value) for a in (scale, bias))
-    inverse = inverse_deviation(var.astype(dtype), method.epsilon)
-    small = [a.shape for a in (scale, bias) if a is not None]
-    shape = jnp.broadcast_shapes(var.shape, *small)
-    if shape == var.shape or shape != x.shape:
+    mean, inverse, scale, bias = (None if a is None else a.astype(work) for a in normalizer)
+    if inverse is not None and scale is not None:
+        if inverse.shape == scale.shape and spec(inverse) == spec(scale):
+            # Before both get the rank of `x`: reverse mode keeps the factors as it has them.
+            inverse, scale = inverse * scale, None
+    mean, inverse, scale, bias = (
+        None if a is None else place_like(lift(a, features, x.ndim), x.value)
+        for a in (mean, inverse, scale, bias)
+    )
+    if inverse is None:
+        inverse, scale = (jnp.ones((1,) * x.ndim, work) if scale is None else scale), None
+    learned = [a.shape for a in (scale, bias) if a is not None]
+    shape = jnp.broadcast_shapes(inverse.shape, *learned)
+    if shape == inverse.shape or shape != x.shape:
         gain = inverse if scale is None else inverse * scale
-        return affine(x, mean, gain, bias, activation=method.activation, dtype=method.dtype)
-    smaller = jnp.broadcast_shapes(*small)
-    scale = jnp.ones(smaller, dtype) if scale is None else scale
-    bias = jnp.zeros(smaller, dtype) if bias is None else bias
-    how = method.activation, output_dtype(method.dtype, x)
-    return _rows(x, mean, inverse, scale, bias, *how)
+        return affine(x, mean, gain, bias, activation=activation, dtype=dtype)
+    smaller = jnp.broadcast_shapes(*learned)
+    scale = jnp.ones(smaller, work) if scale is None else scale
+    bias = jnp.zeros(smaller, work) if bias is None else bias
+    return _rows(x, mean, inverse, scale, bias, activation, output_dtype(dtype, x))
 
 
 def affine(
@@ -217,30 +233,28 @@ def affine(
     activation: Callable | None = None,
     dtype: Any = None,
 ) -> jax.Array:
-    """`activation((x - mean) * gain + bias)`, computed wide, in `dtype` or that of `x`.
-
-    `mean` (None: zero), `gain` and `bias` (None: zero) have the rank of `x` and broadcast to it.
-    """
+    """`activation((x - mean) * gain + bias)`; every array has the rank of `x` (None: zero)."""
     mean, bias = (jnp.zeros_like(gain) if a is None else a for a in (mean, bias))
     x = carried(x)
     small = (place_like(a.astype(wide(x.dtype)), x.value) for a in (mean, gain, bias))
     return _affine(x, *small, activation, output_dtype(dtype, x))
 
 
-def _fence_tree(*tree):
-    """`fence` that lets None pass."""
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, fence(*leaves))
+def lift(a: jax.Array, features: tuple[int, ...], rank: int) -> jax.Array:
+    """`a` with the rank of an input, if it has the shape of its axes `features`."""
+    if a.ndim == rank:
+        return a
+    return jnp.expand_dims(a, tuple(i for i in range(rank) if i not in features))
+
+
+def _lacking(shape, full):
+    return tuple(i for i, n in enumerate(shape) if n != full[i])
 
 
 def _sum_to(a, shape):
     """Sum over the axes that `shape` lacks."""
     lacking = _lacking(shape, a.shape)
     return jnp.sum(a, lacking, keepdims=True) if lacking else a
-
-
-def _lacking(shape, full):
-    return tuple(i for i, n in enumerate(shape) if n != full[i])
 
 
 def total_over(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -253,6 +267,38 @@ def output_dtype(dtype: Any, x: jax.Array | Input) -> Any:
     return x.dtype if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
 
 
+def activate(activation: Callable | None, z: jax.Array) -> jax.Array:
+    """`activation(z)`; None is the identity. ValueError if it changes the shape."""
+    if activation is None:
+        return z
+    y = activation(z)
+    if y.shape != z.shape:
+        raise ValueError(f"activation={activation!r} makes shape {y.shape} of shape {z.shape}.")
+    return y
+
+
+def activation_tangent(activation: Callable | None, z: jax.Array, dz: jax.Array) -> jax.Array:
+    """The tangent of `activate` at `z` along `dz`."""
+    return dz if activation is None else jax.jvp(activation, (z,), (dz,))[1]
+
+
+def activation_cotangent(
+    activation: Callable | None, z: jax.Array, h: jax.Array, zero: jax.Array
+) -> jax.Array:
+    """The cotangent of `z` for the cotangent `h` of `activate`.
+
+    `zero` is a zero that broadcasts to `z`, fenced with the other inputs of the pass.
+    """
+    if activation is None:
+        return h
+    if activation is jax.nn.relu:
+        # Zero or one by operations that XLA on CPU fuses into sums; a select it would write out,
+        # and so it would constants that several passes share: hence each pass its own `zero`.
+        step = jnp.maximum(z, zero) / jnp.maximum(z, zero + 1e-37)
+        return h * lax.stop_gradient(step)
+    return jax.vjp(activation, z)[1](h)[0]
+
+
 def _affine_tangent(activation, dtype, saved, tangents):
     (x, mean, gain, bias), (dx, dmean, dgain, dbias) = saved, tangents
     centred = widen(x) - mean
@@ -260,8 +306,7 @@ def _affine_tangent(activation, dtype, saved, tangents):
     return activation_tangent(activation, centred * gain + bias, dz).astype(dtype)
 
 
-def _affine_transpose(activation, dtype, saved, g):
-    del dtype
+def _affine_transpose(activation, _, saved, g):
     small = saved[1:]
     zero = jnp.zeros(jnp.broadcast_shapes(*(a.shape for a in small)), small[1].dtype)
 
@@ -286,8 +331,8 @@ def _totals(values, activation, shape, *arrays):
         return fence(*sums_of(values, lacking, *fence(*arrays)))
     totals = []  # the activation may mix positions
     for i in range(len(jax.eval_shape(values, *arrays))):
-        value = values(*fence(*arrays, *totals)[: len(arrays)])[i]
-        totals.append(total_over(value, shape))
+        one = values(*fence(*arrays, *totals)[: len(arrays)])[i]
+        totals.append(total_over(one, shape))
     return totals
 
 
@@ -310,8 +355,7 @@ def _rows_tangent(activation, dtype, saved, tangents):
     return activation_tangent(activation, centred * inverse * scale + bias, dz).astype(dtype)
 
 
-def _rows_transpose(activation, dtype, saved, g):
-    del dtype
+def _rows_transpose(activation, _, saved, g):
     x, mean, inverse, scale, bias = saved
     whole = (g, x, inverse, scale, bias, jnp.zeros_like(inverse))
     whole = whole if mean is None else (*whole, mean)
@@ -343,5 +387,6 @@ def _rows_transpose(activation, dtype, saved, g):
 
 @differentiated(_rows_tangent, _rows_transpose, static=2)
 def _rows(x, mean, inverse, scale, bias, activation, dtype):
-    x, mean, inverse, scale, bias = _fence_tree(x, mean, inverse, scale, bias)
+    leaves, tree = jax.tree.flatten((x, mean, inverse, scale, bias))  # the mean may be None
+    x, mean, inverse, scale, bias = jax.tree.unflatten(tree, fence(*leaves))
     return activate(activation, _centre(x, mean) * inverse * scale + bias).astype(dtype)

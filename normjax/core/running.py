@@ -1,4 +1,4 @@
-"""How running statistics move."""
+"""How running statistics move: four averages, with one guard."""
 
 import math
 from typing import Any
@@ -7,77 +7,130 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from normjax.core import checks, statistics
+from normjax.core.fields import RunningFields
 from normjax.core.sharding import place, spec
-from normjax.core.structs import AxisName, Features, Moments, Running, feature_shape
+from normjax.core.statistics import Moments, Parted
+from normjax.core.structs import AxisName, Pool, Running
 
 
-def init(features: Features, *, counted: bool = False) -> Running:
-    """Mean zero, variance one, no updates so far."""
-    shape = feature_shape(features)
-    count = jnp.zeros((), jnp.float32) if counted else None
-    return Running(jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32), count)
+def counts(method: RunningFields) -> bool:
+    """Whether the state counts updates: for the average, or for a schedule."""
+    return method.running_average in ("debiased", "cumulative") or checks.has_schedule(method)
 
 
-def update(
-    state: Running,
-    new: Moments,
-    momentum: float,
-    *,
-    average: str = "exponential",
-    unbiased: bool = False,
-    skip_nonfinite: bool = False,
-) -> Running:
+def init(method: RunningFields, shape: tuple[int, ...]) -> Running:
+    """Mean zero, variance one, no updates and no values so far."""
+    zeros = jnp.zeros(shape, jnp.float32)
+    count = jnp.zeros((), jnp.float32) if counts(method) else None
+    pool = Pool(*(zeros,) * 4) if method.running_average == "pooled" else None
+    return Running(zeros, jnp.ones(shape, jnp.float32), count, pool)
+
+
+def require_state(method: RunningFields, state: Any) -> None:
+    """ValueError unless `state` has the leaves that the fields of `method` ask for."""
+    checks.require_leaf(method, state, "count", counts(method))
+    checks.require_leaf(method, state, "pool", method.running_average == "pooled")
+
+
+def absorb(method: RunningFields, state: Running, seen: Moments | Parted) -> Running:
     """Moves `state` towards the moments of a batch; a feature without samples keeps its own.
 
-    Args:
-      state: mean and var of shape [features].
-      new: moments of any shape with as many elements.
-      momentum: weight of the old statistics, in [0, 1].
-      average: "exponential": fixed weights. "debiased": the weights of the batches so far are those
-        of the exponential average, scaled to sum to one, so that the initial values never count.
-        "cumulative": all batches weigh the same.
-      unbiased: store the variance divided by n - 1 instead of n.
-      skip_nonfinite: leave all of `state` alone if any moment is inf or NaN.
+    `method.running_average` says how; see `BatchNorm`. Of parts of a batch, stacked on axis 0 of
+    `seen.parts`, the updates are averaged, over those with a sample.
     """
-    new = lax.stop_gradient(Moments(*(a.reshape(state.mean.shape) for a in new)))
-    new = Moments(*(place(a, spec(state.mean), like=state.mean) for a in new))
-    var = new.var * new.count / jnp.maximum(new.count - 1, 1) if unbiased else new.var
+    if not isinstance(seen, Parted):
+        return _absorb(method, state, seen)
+    if method.running_average == "pooled":
+        return _absorb(method, state, statistics.merge(seen.parts))
+    each = jax.vmap(lambda part: _absorb(method, state, part))(seen.parts)
+    return average_filled(state, each, filled(seen.parts))
+
+
+def filled(parts: Moments) -> jax.Array:
+    """bool[parts]: whether a part of a batch has a sample."""
+    return jnp.any(parts.count > 0, axis=tuple(range(1, parts.count.ndim)))
+
+
+def _absorb(method, state, seen):
+    new, valid = measured(method, seen, state.mean)
+    var, count = new.var, None
+    if method.unbiased_running_var:
+        var = var * new.count / jnp.maximum(new.count - 1, 1)
+    if state.count is not None:
+        count = state.count + jnp.any(valid).astype(state.count.dtype)
+    if state.pool is not None:
+        return _pooled(state, new, valid)._replace(count=count)
+    keep = _weight(method, state.count, state.mean.dtype)
+    mean, var = blend(keep, (state.mean, state.var), (new.mean, var), valid)
+    return Running(mean, var, count)
+
+
+def measured(method: RunningFields, seen: Moments, like: jax.Array) -> tuple[Moments, jax.Array]:
+    """`seen` with the shape and sharding of `like`, as a constant, and where it may be recorded."""
+    new = lax.stop_gradient(Moments(*(a.reshape(like.shape) for a in seen)))
+    new = Moments(*(place(a, spec(like), like=like) for a in new))
     valid = new.count > 0
-    if skip_nonfinite:
-        valid &= jnp.all(jnp.isfinite(new.mean) & jnp.isfinite(var))
-    count, keep = state.count, jnp.asarray(momentum, state.mean.dtype)
-    if count is not None:
-        if average == "debiased" and momentum < 1:  # momentum 1 weighs all batches alike
-            rate = math.log(max(momentum, 1e-30))  # the expm1 of momentum 0 is -1 all the same
-            keep = keep * jnp.expm1(rate * count) / jnp.expm1(rate * (count + 1))
-        elif average != "exponential":
-            keep = count / (count + 1)
-        count = count + jnp.any(valid).astype(count.dtype)
-
-    def blend(old, now):
-        now = now.astype(old.dtype)
-        return jnp.where(
-            valid, keep.astype(old.dtype) * old + (1 - keep).astype(old.dtype) * now, old
-        )
-
-    return Running(blend(state.mean, new.mean), blend(state.var, var), count)
+    if method.skip_nonfinite:
+        valid &= jnp.all(jnp.isfinite(new.mean) & jnp.isfinite(new.var))
+    return new, valid
 
 
-def update_groups(state: Running, new: Moments, momentum: float, **options) -> Running:
-    """The mean of what `update` makes of each group with a sample, stacked on axis 0 of `new`."""
-    each = jax.vmap(lambda m: update(state, m, momentum, **options))(new)
-    filled = jnp.any(new.count > 0, axis=tuple(range(1, new.count.ndim)))
-    return average_filled(state, each, filled)
+def momentum_at(method: RunningFields, count: jax.Array | None, dtype: Any) -> jax.Array:
+    """The weight of the old statistics after `count` updates."""
+    value = method.momentum(count) if callable(method.momentum) else method.momentum
+    return jnp.asarray(value, dtype)
+
+
+def _weight(method, count, dtype):
+    """The weight of the old statistics, for the kind of average."""
+    keep: Any = method.momentum
+    if method.running_average == "debiased" and keep < 1:  # momentum 1 weighs all batches alike
+        rate = math.log(max(keep, 1e-30))  # the expm1 of momentum 0 is -1 all the same
+        keep = jnp.asarray(keep, dtype)
+        return keep * jnp.expm1(rate * count) / jnp.expm1(rate * (count + 1))
+    if method.running_average in ("debiased", "cumulative"):
+        return count / (count + 1)
+    return momentum_at(method, count, dtype)
+
+
+def blend(keep: jax.Array, old: Any, new: Any, valid: jax.Array) -> Any:
+    """The tree `old` moved towards its equal `new` where `valid`; `keep` weighs the old."""
+
+    def one(a, b):
+        b, share = b.astype(a.dtype), keep.astype(a.dtype)
+        return jnp.where(valid, share * a + (1 - share) * b, a)
+
+    return jax.tree.map(one, old, new)
+
+
+def _pooled(state, new, valid):
+    """Statistics of all values so far. Sums are pairs: the rounded number and its rest."""
+    pool = state.pool
+    mean, var, n = (a.astype(state.mean.dtype) for a in (new.mean, new.var, new.count))
+    count, count_rest = _add(pool.count, pool.count_rest, n)
+    share = n / jnp.maximum(count, 1)
+    gap = (mean - state.mean) - pool.mean_rest
+    slope = (var - state.var) - pool.var_rest + (1 - share) * jnp.square(gap)
+    mean, mean_rest = _add(state.mean, pool.mean_rest, share * gap)
+    var, var_rest = _add(state.var, pool.var_rest, share * slope)
+    moved = Running(mean, var, None, Pool(count, count_rest, mean_rest, var_rest))
+    return jax.tree.map(lambda a, b: jnp.where(valid, a, b), moved, state._replace(count=None))
+
+
+def _add(high, low, step):
+    """`high + low + step` as a rounded sum and its rest (Knuth's two-sum, then a fast one)."""
+    total = high + step
+    part = total - high
+    rest = low + ((high - (total - part)) + (step - part))
+    rounded = total + rest
+    return rounded, rest - (rounded - total)
 
 
 def average_filled(old: Any, new: Any, filled: jax.Array, axis_name: AxisName = None) -> Any:
-    """The mean of the states `new`, stacked on axis 0, of the parts of a batch that have a sample.
+    """The mean over the parts of a batch, also over devices, of the states that they made of `old`.
 
-    Args:
-      old: the state from which all parts started; it is returned if no part has a sample.
-      new: what each part made of it.
-      filled: bool[parts], whether a part has a sample.
-      axis_name: mapped axis over which the parts are divided further.
+    `new` has them stacked on axis 0. Parts that are not `filled`, without a sample, do not count.
     """
 
     def total(a):
@@ -88,6 +141,5 @@ def average_filled(old: Any, new: Any, filled: jax.Array, axis_name: AxisName = 
         return new
     sums = jax.tree.map(total, new), jnp.sum(filled.astype(jnp.float32))
     sums, number = sums if axis_name is None else lax.psum(sums, axis_name)
-    return jax.tree.map(
-        lambda a, b: jnp.where(number > 0, b / jnp.maximum(number, 1).astype(b.dtype), a), old, sums
-    )
+    mean = lambda a, b: jnp.where(number > 0, b / jnp.maximum(number, 1).astype(b.dtype), a)
+    return jax.tree.map(mean, old, sums)

@@ -4,44 +4,45 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 
-from normjax.core import checks, cpu
+from normjax.core import cpu
+from normjax.core.method import traits
+
+Apply = TypeVar("Apply", bound=Callable[..., Any])
 
 
-def traced_once(apply: Any = None, *, in_training: Callable[..., None] | None = None) -> Any:
+def traced_once(apply: Apply) -> Apply:
     """The `apply` of a method under `jax.jit`, static in the method and in `train`.
 
-    A network has many layers alike. JAX keeps the trace, the derivatives and the lowered form of an
-    inner jit and uses them again for each, which halves the time it takes to trace a deep network;
-    XLA inlines the calls. A method that treats training and evaluation alike is traced once for
-    both; `in_training(method, x)` may refuse an input in training, outside of the trace.
+    JAX keeps the trace, the derivatives and the lowered form of an inner jit for all layers alike,
+    which halves the time it takes to trace a deep network; XLA inlines the calls. A method that
+    treats training and evaluation alike is traced once for both, and `check_training` runs outside.
     """
-    if apply is None:
-        return functools.partial(traced_once, in_training=in_training)
 
     @functools.partial(jax.jit, static_argnums=0, static_argnames="train")
     @functools.wraps(apply)
-    def compiled(self, params, state, x, *, train, **how):
+    def compiled(self, params, state, x, *, train, **given):
         with cpu.in_training(train):
-            return apply(self, params, state, x, train=train, **how)
+            return apply(self, params, state, x, train=train, **given)
 
     @functools.wraps(apply)
-    def run(self, params, state, x, *, train, **how):
+    def run(self, params, state, x, *, train, **given):
+        name, known = type(self).__name__, traits(self)
         if not isinstance(train, bool):
-            raise TypeError(
-                f"{type(self).__name__}: train={train!r} is not True or False. Under "
-                'jax.jit make it static: `static_argnames="train"`.'
-            )
-        how["train"] = train and checks.depends_on_train(self)
-        out = compiled(without_initializers(self), params, state, x, **how)
-        if train and in_training is not None:
-            in_training(self, x)
+            hint = 'Under jax.jit make it static: `static_argnames="train"`.'
+            raise TypeError(f"{name}: train={train!r} is not True or False. {hint}")
+        if unknown := given.keys() - {"mask", "key"} - known.inputs.keys():
+            raise TypeError(f"{name}: apply takes no input {min(unknown)!r}.")
+        static = without_initializers(self)
+        out = compiled(static, params, state, x, train=train and known.trains, **given)
+        if train:
+            self.check_training(x)
         return out
 
-    return run
+    return cast(Apply, run)
 
 
 def without_initializers(method: Any) -> Any:

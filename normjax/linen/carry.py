@@ -1,49 +1,50 @@
 """Carries predicted moments from Kalman norm to Kalman norm through a Flax Linen model.
 
-Inside `with carry():` the Kalman norms of a model need neither a `prior` nor a look at their pair
-of outputs: what their layers return is followed by identity, array for array, through convolutions
-and dense layers. An array that anything else made is unknown, and a norm that meets one is a plain
-batch norm; `add` and `pointwise` make arrays that stay known. Identity ends where a transformation
-begins: a block under `nn.remat`, `nn.scan` or the like opens a `carry()` of its own.
+Arrays are followed by identity through convolutions, dense layers, `add` and `pointwise`. An array
+that anything else made is unknown, and a norm that meets one is a plain batch norm. Identity ends
+where a transformation begins: a block under `nn.remat`, `nn.scan` or the like opens its own.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 from flax import linen as nn
-from jax.extend.core import get_opaque_trace_state
+from flax.core import current_trace
 
-from normjax import linen, propagate
-from normjax.core import checks
-from normjax.core.structs import Moments
+from normjax import propagate
+from normjax.core.method import traits
+from normjax.core.statistics import Moments
+from normjax.linen import Front
+from normjax.methods.ghost import Ghost
 
-__all__ = ["Known", "add", "carry", "pointwise"]
+__all__ = ["Tracker", "add", "carry", "pointwise"]
 
 PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "CAUSAL")
 
 
-class Known:
+class Tracker:
     """Moments of arrays, known by identity.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
-      >>> known, x = Known(), jnp.ones((2, 3))
+      >>> known, x = Tracker(), jnp.ones((2, 3))
       >>> known.put(x, nj.propagate.prediction(jnp.ones(3), jnp.zeros(3)))
       >>> known.get(x).mean.shape, known.get(x + 1)
       ((3,), None)
     """
 
-    def __init__(self):
+    def __init__(self, posterior: str = "output"):
+        self.posterior = posterior
+        self.priors: dict[str, Moments | None] = {}
         self._entries: dict[int, tuple[Any, Moments]] = {}
         self._traces: list[Any] = []  # in which the modules that are being called were called
-        self.priors: dict[str, Moments | None] = {}
 
     def get(self, x: Any) -> Moments | None:
         """The moments of `x`, or None."""
-        entry = self._entries.get(id(x))
-        return None if entry is None else entry[1]
+        return self._entries.get(id(x), (x, None))[1]
 
     def put(self, x: Any, moments: Moments | None) -> None:
         """Notes the moments of `x`, if any, and keeps `x`, so that its id stays its own."""
@@ -51,62 +52,56 @@ class Known:
             self._entries[id(x)] = (x, moments)
 
 
-_open: list[Known] = []
+_open: contextvars.ContextVar[tuple[Tracker, ...]] = contextvars.ContextVar("open", default=())
 
 
 @contextlib.contextmanager
-def carry(**given: tuple[jax.Array, Moments]) -> Iterator[Known]:
+def carry(
+    inputs: Sequence[tuple[jax.Array, Moments]] = (),
+    *,
+    posterior: Literal["output", "fused"] = "output",
+) -> Iterator[Tracker]:
     """While it is open, Linen models predict the statistics of their Kalman norms.
 
-    In it a Kalman norm returns y alone, gets as its prior what the layers before make of the
-    posterior of the last one, and without such layers is a plain batch norm. `nn.Conv` and
-    `nn.Dense` are followed (not those with a mask, nor a padding that has no moments), and so are
-    `add` and `pointwise` of this module. Give norms their activation as a field: a `nn.relu` behind
-    a norm makes an unknown array. Initialize, train and evaluate inside: outside, the output of a
-    Kalman norm is a pair. A model or a block may open it in its own `__call__`, with or without
-    `nn.remat`: there it starts anew. Under `jax.jit` the `with` belongs inside of the traced
-    function.
+    A Kalman norm gets as its prior what the layers before it make of the posterior of the last one:
+    `nn.Conv` and `nn.Dense` (without a mask, and with a padding that has moments), `add` and
+    `pointwise`. Give norms their activation as a field: a `nn.relu` behind a norm makes an unknown
+    array. Under `jax.jit` it belongs inside of the traced function.
 
     Args:
-      **given: pairs of an array that goes into the model and its moments, under any names.
+      inputs: pairs of an array that goes into the model and its moments.
+      posterior: "output": norms hand on the moments of their outputs. "fused": those that
+        normalized their inputs, taken through the activation, as the public implementation does.
 
     Yields:
-      What is known; its `priors` has the prior (or None) of every Kalman norm by its path.
+      The tracker, whose `priors` has the prior (or None) of every Kalman norm by its path.
 
     Raises:
-      ValueError: for a Kalman norm, or a layer behind one, inside of a transformation (`nn.remat`,
-        `nn.scan`, `nn.jit`, ...) that began inside of the model.
+      ValueError: for a Kalman norm, or a layer behind one, in a transformation within the model.
 
     Example:
-      >>> import jax, jax.numpy as jnp, normjax.linen
-      >>> from flax import linen as nn
-      >>> from normjax.linen.carry import carry
-      >>> class Net(nn.Module):
-      ...     @nn.compact
-      ...     def __call__(self, x, train):
-      ...         for i in range(2):
-      ...             x = nn.Conv(4, (3, 3), use_bias=False)(x)
-      ...             x = normjax.linen.KalmanNorm(activation=nn.relu)(x, not train)
-      ...         return x
-      >>> x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+      >>> import jax, normjax.linen
+      >>> norm = lambda: normjax.linen.KalmanNorm(use_running_average=False)
+      >>> net = nn.Sequential([nn.Dense(4), norm(), nn.Dense(5), norm()])
       >>> with carry() as known:
-      ...     variables = Net().init(jax.random.key(1), x, train=False)
-      ...     y, _ = Net().apply(variables, x, train=True, mutable=["batch_stats"])
-      >>> known.priors["KalmanNorm_0"], known.priors["KalmanNorm_1"].mean.shape
-      (None, (4,))
+      ...     variables = net.init(jax.random.key(0), jax.numpy.ones((8, 3)))
+      >>> known.priors["layers_3"].mean.shape
+      (5,)
     """
-    known = Known()
-    if _open and not _is_cut(_open[-1]):
-        known.priors = _open[-1].priors
-    for x, moments in given.values():
+    if posterior not in ("output", "fused"):
+        raise ValueError(f"carry: posterior={posterior!r} is not one of 'output', 'fused'.")
+    known, outer = Tracker(posterior), _open.get()
+    if outer and not _is_cut(outer[-1]):
+        known.priors = outer[-1].priors
+    for x, moments in inputs:
         known.put(x, moments)
-    follow = contextlib.nullcontext() if _open else nn.intercept_methods(_follow)
-    _open.append(known)
+    follow = contextlib.nullcontext() if outer else nn.intercept_methods(_follow)
+    token = _open.set((*outer, known))
     try:
         with follow:
             yield known
     finally:
-        _open.pop()
+        _open.reset(token)
 
 
 def add(x: jax.Array, y: jax.Array, covariance: Any = None) -> jax.Array:
@@ -117,12 +112,7 @@ def add(x: jax.Array, y: jax.Array, covariance: Any = None) -> jax.Array:
       >>> add(jnp.ones(2), jnp.ones(2)).tolist()
       [2.0, 2.0]
     """
-    total = x + y
-    for known in _open[-1:]:
-        a, b = known.get(x), known.get(y)
-        if a is not None and b is not None:
-            known.put(total, propagate.add(a, b, covariance))
-    return total
+    return _known(x + y, lambda a, b: propagate.add(a, b, covariance), x, y)
 
 
 def pointwise(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -133,52 +123,65 @@ def pointwise(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.A
       >>> pointwise(jax.nn.relu, jnp.array([-1.0, 1.0])).tolist()
       [0.0, 1.0]
     """
-    y = function(x)
-    for known in _open[-1:]:
-        moments = known.get(x)
-        known.put(y, None if moments is None else propagate.activation(moments, function))
+    return _known(function(x), lambda moments: propagate.activation(moments, function), x)
+
+
+def _known(y, rule, *inputs):
+    """`y`, with the moments that `rule` makes of those of `inputs` if all are known."""
+    for known in _open.get()[-1:]:
+        moments = [known.get(x) for x in inputs]
+        known.put(y, None if any(m is None for m in moments) else rule(*moments))
     return y
 
 
 def _is_cut(known):
     """Whether a transformation began inside of the outermost module that is being called."""
-    traces = known._traces
-    return bool(traces) and traces[0] != get_opaque_trace_state(convention="flax")
+    return any(trace != current_trace() for trace in known._traces[:1])
 
 
 def _follow(call, args, kwargs, context):
-    module, known = context.module, _open[-1]
-    x = args[0] if args else None
-    if context.method_name != "__call__" or x is None:
+    module, known = context.module, _open.get()[-1]
+    if context.method_name != "__call__" or not args:
         return call(*args, **kwargs)
-    method: Any = module._method() if isinstance(module, linen.Norm | linen.KalmanNorm) else None
-    kalman = checks.returns_posterior(method)
+    kalman = isinstance(module, Front) and "prior" in traits(module.method_of()).inputs
     layer = type(module) in (nn.Conv, nn.Dense)
     if _is_cut(known) and (kalman or (layer and known._entries)):
         raise ValueError(
             f"carry: {'/'.join(module.path)} runs inside of a transformation (nn.remat, nn.scan, "
-            "nn.jit, ...) that began inside of the model. Moments cannot pass its border, so the "
-            "result would differ from that without it: open `carry()` in the `__call__` of the "
-            "transformed block, or give priors by hand."
+            "nn.jit, ...) that began inside of the model, whose border moments cannot pass: open "
+            "`carry()` in the `__call__` of the transformed block, or give priors by hand."
         )
-    moments = known.get(x)
-    known._traces.append(get_opaque_trace_state(convention="flax"))
+    moments = known.get(args[0])
+    known._traces.append(current_trace())
     try:
         if kalman:
-            return _call_kalman(known, call, args, kwargs, module, method)
+            return _call_kalman(known, call, module, *args, **kwargs)
         y = call(*args, **kwargs)
     finally:
         known._traces.pop()
     if layer and moments is not None:
-        known.put(y, _through(module, moments, x.shape))
+        known.put(y, _through(module, moments, args[0].shape))
     return y
 
 
-def _call_kalman(known, call, args, kwargs, module, method):
-    prior = kwargs.pop("prior", known.get(args[0]))
+def _call_kalman(known, call, module, x, use_running_average=None, **given):
+    """Calls a norm with its prior; notes what it hands on, of its variables before the call."""
+    prior = given.pop("prior", known.get(x))
     known.priors["/".join(module.path)] = prior
-    y, posterior = call(*args, **kwargs, prior=prior)
-    if method.posterior == "fused":  # from before the activation
+    variables = None if module.is_initializing() else module.unpack(x)
+    y = call(x, use_running_average, **given, prior=prior)
+    params, state = variables or module.unpack(x)
+    method = module.method_of()
+    method = method.method if isinstance(method, Ghost) else method
+    if not hasattr(method, "posterior"):
+        return y
+    if known.posterior == "output":
+        posterior = method.posterior(params, state)
+    else:
+        posterior = propagate.prediction(state.mean, state.var)
+        if not (module.is_initializing() or module.evaluates(use_running_average)):
+            seen = method.observe(x, given.get("mask"))
+            posterior = method.fused(params, state, seen, prior=prior)
         posterior = propagate.activation(posterior, method.activation)
     known.put(y, posterior)
     return y
@@ -190,19 +193,9 @@ def _through(module, moments, shape):
     kernel, bias = nn.unbox(variables["kernel"]), nn.unbox(variables.get("bias"))
     if type(module) is nn.Dense:
         return propagate.dense(moments, kernel, bias)
-    rank = kernel.ndim - 2
     unusual = isinstance(module.padding, str) and module.padding not in PADDINGS
-    if module.mask is not None or unusual or len(shape) != rank + 2:
+    if module.mask is not None or unusual or len(shape) != kernel.ndim:
         return None
-    one = lambda value: 1 if value is None else value
-    return propagate.conv(
-        moments,
-        kernel,
-        bias,
-        size=shape[1:-1],
-        strides=one(module.strides),
-        padding=module.padding,
-        input_dilation=one(module.input_dilation),
-        kernel_dilation=one(module.kernel_dilation),
-        feature_group_count=module.feature_group_count,
-    )
+    steps = ("strides", "input_dilation", "kernel_dilation", "feature_group_count")
+    given = {name: getattr(module, name) or 1 for name in steps}
+    return propagate.conv(moments, kernel, bias, size=shape[1:-1], padding=module.padding, **given)

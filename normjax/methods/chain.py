@@ -6,11 +6,19 @@ from typing import Any
 import jax
 
 from normjax.core import checks
-from normjax.core.structs import Axes, Features, Key
+from normjax.core.fields import Configuration
+from normjax.core.method import Traits, feature_axes, traits
+from normjax.core.structs import Axes, Features, Key, Mask
+
+
+def _methods(value):
+    if not isinstance(value, tuple):
+        return "is not a sequence of methods"
+    return None if value else "needs at least one method"
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
+class Chain(Configuration):
     """Runs methods one after the other; made by `chain`. Parameters and state are dicts by method.
 
     Composition as in optax, https://optax.readthedocs.io/en/latest/api/combining_optimizers.html
@@ -19,47 +27,44 @@ class Chain:
       methods: the methods, first to last.
 
     Raises:
-      ValueError: if there is none, or one is not a method.
+      ValueError: if there is none, one is not a method, or they take one input in different ways.
 
     Example:
       >>> import jax, normjax as nj
       >>> method = nj.Chain((nj.RMSNorm(), nj.Affine(use_scale=False)))
-      >>> params, state = method.init(jax.random.key(0), 4)
-      >>> sorted(params), sorted(state)
-      (['Affine_1', 'RMSNorm_0'], ['Affine_1', 'RMSNorm_0'])
+      >>> sorted(method.init(jax.random.key(0), 4)[0])
+      ['Affine_1', 'RMSNorm_0']
     """
 
-    methods: tuple[Any, ...]
+    methods: tuple[Any, ...] = dataclasses.field(metadata=checks.rule(_methods))
 
     def __post_init__(self):
-        if not isinstance(self.methods, list | tuple):
-            raise ValueError(f"chain: methods={self.methods!r} is not a sequence of methods.")
-        object.__setattr__(self, "methods", tuple(self.methods))
-        if not self.methods:
-            raise ValueError("chain: needs at least one method.")
+        super().__post_init__()
         for method in self.methods:
-            checks.method("chain", method)
-            checks.no_pair("chain", method, "call it by itself")
+            checks.require("Chain", "method", method, checks.method)
+        kinds = [item for method in self.methods for item in traits(method).inputs.items()]
+        if len(set(kinds)) != len(dict(kinds)):
+            raise ValueError(f"Chain: methods take one input in different ways: {kinds}.")
 
     @property
-    def axis(self) -> Axes:
+    def feature_axes(self) -> Axes:
         """The feature axes of the first method."""
-        return checks.feature_axes(self.methods[0])
+        return feature_axes(self.methods[0])
 
     @property
-    def random(self) -> bool:
-        """Whether any method draws random numbers in training."""
-        return any(map(checks.is_random, self.methods))
-
-    @property
-    def depends_on_train(self) -> bool:
-        """Whether training and evaluation differ for any method."""
-        return any(map(checks.depends_on_train, self.methods))
+    def traits(self) -> Traits:
+        """Those of all methods together."""
+        every = [traits(method) for method in self.methods]
+        return Traits(
+            trains=any(one.trains for one in every),
+            random=any(one.random for one in every),
+            inputs={name: kind for one in every for name, kind in one.inputs.items()},
+        )
 
     def init(self, key: Key, features: Features) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parameters and state under "<class>_<position>"; `features` is the same for all."""
         params, state = {}, {}
-        for (name, method), part in zip(self._named(), self._keys(key), strict=True):
+        for name, method, part in self._named(key):
             params[name], state[name] = method.init(part, features)
         return params, state
 
@@ -70,23 +75,27 @@ class Chain:
         x: jax.Array,
         *,
         train: bool,
-        mask: jax.Array | None = None,
+        mask: Mask = None,
         key: Key = None,
+        **inputs: Any,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Feeds each method the output of the one before, the same mask and a key of its own."""
+        """Feeds each method the output of the one before, the mask, its own key and its inputs."""
+        if unknown := inputs.keys() - self.traits.inputs.keys():
+            names = ", ".join(type(method).__name__ for method in self.methods)
+            raise TypeError(f"Chain: no method of {names} takes an input {min(unknown)!r}.")
         new = {}
-        for (name, method), part in zip(self._named(), self._keys(key), strict=True):
+        for name, method, part in self._named(key):
+            own = {k: value for k, value in inputs.items() if k in traits(method).inputs}
             x, new[name] = method.apply(
-                params[name], state[name], x, train=train, mask=mask, key=part
+                params[name], state[name], x, train=train, mask=mask, key=part, **own
             )
         return x, new
 
-    def _named(self):
-        return [(f"{type(method).__name__}_{i}", method) for i, method in enumerate(self.methods)]
-
-    def _keys(self, key):
+    def _named(self, key):
+        """Name, method and key of each."""
         number = len(self.methods)
-        return [None] * number if key is None else list(jax.random.split(key, number))
+        keys = [None] * number if key is None else list(jax.random.split(key, number))
+        return [(f"{type(m).__name__}_{i}", m, keys[i]) for i, m in enumerate(self.methods)]
 
 
 def chain(*methods: Any) -> Chain:

@@ -1,49 +1,61 @@
 """Layer normalization and root-mean-square normalization."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 
-from normjax.core import checks, passes, sync
-from normjax.core.structs import (
-    AffineParams,
-    Axes,
-    AxisGroups,
-    AxisName,
-    Features,
-    Key,
-    affine_params,
-)
-from normjax.core.tracing import traced_once
+from normjax.core import checks, passes, seam, statistics
+from normjax.core.fields import AffineFields, ReductionFields, ScaleFields
+from normjax.core.method import Normalizer, Traits
+from normjax.core.statistics import Moments
+from normjax.core.structs import AffineParams, Features, Key, Mask, affine_params
 
 
-def _apply(method, params, x, mask, *, centred):
-    name = type(method).__name__
-    x, mask = passes.inputs(name, x, mask)
-    reduced = checks.axes(name, "reduction_axes", method.reduction_axes, x.shape)
-    at = checks.axes(name, "feature_axes", method.feature_axes, x.shape)
-    checks.match(name, "feature_axes", at, x.shape, params)
-    others = tuple(i for i in range(x.ndim) if i not in at)
-    params = AffineParams(*(None if a is None else jnp.expand_dims(a, others) for a in params))
-    now = passes.moments(x, reduced, mask=mask, centred=centred)
-    if method.axis_name is not None:
-        now, _ = sync.over_devices(now, method.axis_name, method.axis_index_groups)
-    return passes.normalize(method, x, now.mean if centred else None, now.var, params)
+def init(method: ScaleFields, key: Key, features: Features) -> tuple[AffineParams, tuple[()]]:
+    """What is learned (`param_dtype`) of the shape of the feature axes; no state."""
+    return affine_params(method, key, checks.as_features(type(method).__name__, features)), ()
 
 
-def _refuse_single_features(method, x):
+def reduce(method: Any, x: Any, axes: Any, mask: Any, **options: Any) -> Moments:
+    """Moments of `x` over `axes`, which stay as size one, and over devices."""
+    seen = passes.moments(x, axes, mask=mask, **options)
+    if method.axis_name is None:
+        return seen
+    return statistics.over_devices(seen, method.axis_name, method.axis_index_groups)[0]
+
+
+def reduction_axes(method: ReductionFields, x: Any) -> tuple[int, ...]:
+    """The axes of `x` over which statistics are taken."""
     name, shape = type(method).__name__, jnp.shape(x)
-    reduced = checks.axes(name, "reduction_axes", method.reduction_axes, shape)
-    instead = "take statistics over more axes (reduction_axes), or normalize another axis"
-    sizes = [shape[i] for i in reduced]
-    checks.several_values(name, sizes, shape, method.axis_name, instead)
+    return checks.as_axes(name, "reduction_axes", method.reduction_axes, shape)
+
+
+def coefficients(
+    method: Any, params: AffineParams, state: tuple[()], seen: Moments, *, key: Key = None
+) -> Normalizer:
+    """Normalizes by mean and variance."""
+    inverse = passes.inverse_deviation(seen.var, method.epsilon)
+    return Normalizer(seen.mean, inverse, params.scale, params.bias)
+
+
+def evaluation(
+    method: Any, params: AffineParams, state: tuple[()], x: Any = None, mask: Mask = None
+) -> Normalizer:
+    """Normalizes `x` by statistics of its own; it cannot be folded into a layer before it."""
+    if x is None:
+        name = type(method).__name__
+        raise ValueError(f"{name}: x=None, but evaluation takes statistics of x: it cannot fold.")
+    return method.coefficients(params, state, method.observe(x, mask))
+
+
+def absorb(method: Any, state: tuple[()], seen: Moments) -> tuple[()]:
+    """There is no state."""
+    return state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerNorm:
+class LayerNorm(ReductionFields, AffineFields):
     """Layer normalization: `(x - mean) / sqrt(var + epsilon) * scale + bias` within each sample.
 
     Ba, Kiros & Hinton, *Layer Normalization*, 2016, section 3, https://arxiv.org/abs/1607.06450
@@ -53,143 +65,78 @@ class LayerNorm:
     of the input (integers: float32) unless `dtype` says otherwise.
 
     Attributes:
-      epsilon: added to the variance, >= 0.
-      dtype: dtype of the output; None: that of the input.
-      param_dtype: dtype of scale and bias.
-      use_bias: whether `init` makes a bias.
-      use_scale: whether `init` makes a scale.
-      bias_init: initializer of the bias, called with (key, features, param_dtype).
-      scale_init: initializer of the scale, called with (key, features, param_dtype).
+      epsilon, dtype, param_dtype, use_scale, use_bias, scale_init, bias_init, activation: as in
+        `BatchNorm`.
       reduction_axes: axes over which statistics are taken.
       feature_axes: axes with their own scale and bias.
       axis_name: mapped axis name(s) over which the reduced axes are divided.
-      axis_index_groups: groups of device indices along `axis_name` that share statistics among
-        themselves.
-      activation: pointwise function of the result, taken inside, so that reverse mode keeps the
-        input alone.
+      axis_index_groups: groups of device indices along `axis_name` that share statistics.
 
     Raises:
-      ValueError: for a field outside its range; in `apply`, for axes or features that do not fit
-        the input.
-      TypeError: in `apply`, for complex or boolean input.
+      ValueError, TypeError: as in `BatchNorm`.
 
     Example:
       >>> import jax, normjax as nj
       >>> method = nj.LayerNorm()
-      >>> params, state = method.init(jax.random.key(0), 16)
-      >>> y, state = method.apply(params, state, jax.numpy.ones((2, 5, 16)), train=True)
-      >>> y.shape, state
-      ((2, 5, 16), ())
+      >>> y, _ = method.apply(*method.init(None, 16), jax.numpy.ones((2, 5, 16)), train=True)
     """
 
-    depends_on_train: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(trains=False)
 
-    epsilon: float = 1e-6
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Callable[..., Any] = jax.nn.initializers.zeros
-    scale_init: Callable[..., Any] = jax.nn.initializers.ones
-    reduction_axes: Axes = -1
-    feature_axes: Axes = -1
-    axis_name: AxisName = None
-    axis_index_groups: AxisGroups = None
-    activation: Callable[[jax.Array], jax.Array] | None = None
+    init, coefficients = init, coefficients
+    evaluation, absorb, apply = evaluation, absorb, seam.apply
 
-    def __post_init__(self):
-        checks.configuration(self)
+    def check_training(self, x: Any) -> None:
+        """ValueError for statistics of single values."""
+        shape = jnp.shape(x)
+        instead = "take statistics over more axes (reduction_axes), or normalize another axis"
+        sizes = [shape[i] for i in reduction_axes(self, x)]
+        checks.require_several_values(self, sizes, shape, instead)
 
-    def init(self, key: Key, features: Features) -> tuple[AffineParams, tuple[()]]:
-        """Scale and bias (`param_dtype`) of the shape of the feature axes; no state."""
-        return affine_params(self, key, checks.features("LayerNorm", features)), ()
-
-    @traced_once(in_training=_refuse_single_features)
-    def apply(
-        self,
-        params: AffineParams,
-        state: tuple[()],
-        x: jax.Array,
-        *,
-        train: bool,
-        mask: jax.Array | None = None,
-        key: Key = None,
-    ) -> tuple[jax.Array, tuple[()]]:
-        """Normalizes `x`; `train` and `key` change nothing. See `BatchNorm.apply` for `mask`."""
-        del train, key
-        return _apply(self, params, x, mask, centred=True), state
+    def observe(self, x: Any, mask: Mask = None) -> Moments:
+        """Moments over the reduced axes, which stay as size one."""
+        x, mask = passes.inputs(self, x, mask)
+        return reduce(self, x, reduction_axes(self, x), mask)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RMSNorm:
+class RMSNorm(ReductionFields, ScaleFields):
     """Root-mean-square normalization: `x / sqrt(mean(x**2) + epsilon) * scale`.
 
     Zhang & Sennrich, *Root Mean Square Layer Normalization*, 2019, equation 4,
     https://arxiv.org/abs/1910.07467
 
-    The paper has no epsilon. Squares are summed and the scale is applied in at least float32, then
-    the result is rounded once to the dtype of the input (integers: float32) or to `dtype`. No
-    state.
+    The paper has no epsilon. Computed in at least float32 and rounded once to the dtype of the
+    input (integers: float32) or to `dtype`. No state.
 
     Attributes:
       epsilon: added to the mean square, >= 0.
-      dtype: dtype of the output; None: that of the input.
-      param_dtype: dtype of the scale.
-      use_scale: whether `init` makes a scale.
-      scale_init: initializer of the scale, called with (key, features, param_dtype).
+      use_scale, scale_init, dtype, param_dtype: as in `LayerNorm`; there is no bias.
       reduction_axes: axes over which squares are averaged.
-      feature_axes: axes with their own scale.
-      axis_name: mapped axis name(s) over which the reduced axes are divided.
-      axis_index_groups: groups of device indices along `axis_name` that share statistics among
-        themselves.
-      activation: pointwise function of the result, taken inside, so that reverse mode keeps the
-        input alone.
+      feature_axes, axis_name, axis_index_groups, activation: as in `LayerNorm`.
 
     Raises:
-      ValueError: for a field outside its range; in `apply`, for axes or features that do not fit
-        the input.
-      TypeError: in `apply`, for complex or boolean input.
+      ValueError, TypeError: as in `LayerNorm`.
 
     Example:
       >>> import jax, normjax as nj
       >>> method = nj.RMSNorm()
-      >>> params, state = method.init(jax.random.key(0), 4)
-      >>> y, _ = method.apply(params, state, jax.numpy.full((2, 4), 3.0), train=True)
+      >>> y, _ = method.apply(*method.init(None, 4), jax.numpy.full((2, 4), 3.0), train=True)
       >>> print(y[0].round(3))
       [1. 1. 1. 1.]
     """
 
-    depends_on_train: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(trains=False)
 
-    epsilon: float = 1e-6
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_scale: bool = True
-    scale_init: Callable[..., Any] = jax.nn.initializers.ones
-    reduction_axes: Axes = -1
-    feature_axes: Axes = -1
-    axis_name: AxisName = None
-    axis_index_groups: AxisGroups = None
-    activation: Callable[[jax.Array], jax.Array] | None = None
+    init, evaluation, absorb, apply = init, evaluation, absorb, seam.apply
 
-    def __post_init__(self):
-        checks.configuration(self)
+    def observe(self, x: Any, mask: Mask = None) -> Moments:
+        """Mean squares over the reduced axes, which stay as size one, as variances about zero."""
+        x, mask = passes.inputs(self, x, mask)
+        return reduce(self, x, reduction_axes(self, x), mask, centred=False)
 
-    def init(self, key: Key, features: Features) -> tuple[AffineParams, tuple[()]]:
-        """A scale (`param_dtype`) of the shape of the feature axes; no state."""
-        return affine_params(self, key, checks.features("RMSNorm", features)), ()
-
-    @traced_once
-    def apply(
-        self,
-        params: AffineParams,
-        state: tuple[()],
-        x: jax.Array,
-        *,
-        train: bool,
-        mask: jax.Array | None = None,
-        key: Key = None,
-    ) -> tuple[jax.Array, tuple[()]]:
-        """Normalizes `x`; `train` and `key` change nothing. See `BatchNorm.apply` for `mask`."""
-        del train, key
-        return _apply(self, params, x, mask, centred=False), state
+    def coefficients(
+        self, params: AffineParams, state: tuple[()], seen: Moments, *, key: Key = None
+    ) -> Normalizer:
+        """Normalizes by the root of the mean square."""
+        return Normalizer(None, passes.inverse_deviation(seen.var, self.epsilon), params.scale)

@@ -1,9 +1,6 @@
-"""Derivatives without an oracle: J and its transpose are adjoint, and J is the slope.
+"""Derivatives without an oracle: J and its transpose are adjoint, and J is the slope."""
 
-A wrong transpose breaks the first, a wrong tangent the second, whoever wrote the rule.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -12,21 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
-from jax.extend.core import Literal
 
 from normjax.testing.measure import EXACT, jit
-from normjax.testing.subject import Subject
+from normjax.testing.subject import Subject, fill
 
-JAXPRS = (core.ClosedJaxpr, core.Jaxpr)  # pyright: ignore[reportPrivateImportUsage]
-LOOPS = ("scan", "while", "cond")
+CALLED = {"jaxpr", "call_jaxpr", "fun_jaxpr"}  # parameters with what is called once as it is
 STEP = 1e-5  # of the central difference: half the digits of float64, and its square of the others
 
 
 def adjoint_gap(function: Callable, *point: Any, seed: int = 0) -> float:
     """How far `<v, J u>` and `<J' v, u>` differ, relative to the larger, for random u and v.
 
-    J is the Jacobian of `function` at `point`, forward and in reverse. Use it in float64, where it
-    is about 1e-15.
+    J is the Jacobian of `function` at `point`. Use it in float64, where it is about 1e-15.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -38,7 +32,7 @@ def adjoint_gap(function: Callable, *point: Any, seed: int = 0) -> float:
 
 
 def slope_gap(function: Callable, *point: Any, seed: int = 0) -> float:
-    """How far `J u` is from the central difference along u, relative to the larger, for random u.
+    """How far the central difference along a random u is from `J u`, relative to that.
 
     What goes through `lax.stop_gradient` is constant in the difference, as it is for J. Use it in
     float64, where it is 1e-9 to 1e-7.
@@ -58,16 +52,20 @@ def slope_gap(function: Callable, *point: Any, seed: int = 0) -> float:
 def _gaps(function, point, seed=0):
     """The gap of the adjoints, and that of the slope, from one program."""
     u, v = _directions(function, point, seed)
+    dot = lambda a, b: sum(jax.tree.leaves(jax.tree.map(np.vdot, a, b)))
 
     def everything(point, u, v):
         moved = jax.jvp(function, point, u)[1]
         return moved, jax.vjp(function, *point)[1](v), _difference(function, point, u)
 
     moved, pulled, slope = jit(everything)(point, u, v)
-    forward, reverse = _dot(v, moved), _dot(pulled, u)
-    adjoint = abs(forward - reverse) / max(abs(forward), abs(reverse), 1)
-    pairs = zip(slope, jax.tree.leaves(moved), strict=True)
-    return adjoint, max((_relative(a, b) for a, b in pairs), default=0.0)
+    forward, reverse = dot(v, moved), dot(pulled, u)
+    adjoint = float(abs(forward - reverse) / max(abs(forward), abs(reverse), 1))
+    size = lambda a: np.max(np.abs(a), initial=0)
+    gaps = [
+        size(a - b) / max(size(b), 1) for a, b in zip(slope, jax.tree.leaves(moved), strict=True)
+    ]
+    return adjoint, float(np.nan_to_num(size(gaps), nan=np.inf))
 
 
 def _difference(function, point, u):
@@ -75,13 +73,14 @@ def _difference(function, point, u):
     leaves, tree = jax.tree.flatten(point)
     flat = lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
     program = jax.make_jaxpr(flat)(*leaves)
-    constants: list[Any] = []
-    if any(map(_stops, program.jaxpr.eqns)):
-        _walk(program.jaxpr, program.consts, leaves, _record(constants))
+    stopped = []
+    if any(map(_stops, program.eqns)):
+        _walk(program, leaves, lambda a: stopped.append(a) or a)
 
     def end(step):
         moved = [a + step * b for a, b in zip(leaves, jax.tree.leaves(u), strict=True)]
-        return _walk(program.jaxpr, program.consts, moved, _replay(constants))
+        held = iter(stopped)
+        return _walk(program, moved, lambda _: next(held))
 
     ends = lax.map(end, jnp.array([STEP, -STEP]))
     return [(a[0] - a[1]) / (2 * STEP) for a in ends]
@@ -94,45 +93,20 @@ def _directions(function, point, seed):
     return random(point), random(jax.eval_shape(function, *point))
 
 
-def _dot(a, b):
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return sum(float(np.vdot(i, j)) for i, j in pairs)
-
-
-def _relative(a, b):
-    a, b = np.asarray(a), np.asarray(b)
-    size = max(np.max(np.abs(a), initial=0), np.max(np.abs(b), initial=0), 1)
-    gap = np.max(np.abs(a - b), initial=0) / size
-    return float("inf") if np.isnan(gap) else float(gap)
-
-
-def _record(constants):
-    def visit(a):
-        constants.append(a)
-        return a
-
-    return visit
-
-
-def _replay(constants):
-    values = iter(constants)
-    return lambda _: next(values)
-
-
-def _walk(jaxpr, consts, args, visit):
-    """Evaluates `jaxpr` with `visit(value)` in place of every `stop_gradient`."""
+def _walk(program, args, visit):
+    """Evaluates `program` with `visit(value)` in place of every `stop_gradient`."""
+    jaxpr, consts = getattr(program, "jaxpr", program), getattr(program, "consts", ())
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    read = lambda v: v.val if isinstance(v, Literal) else values[v]
+    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
     for eqn in jaxpr.eqns:
         given = [read(v) for v in eqn.invars]
-        inner = _called(eqn)
         if eqn.primitive.name == "stop_gradient":
             out = [visit(*given)]
         elif not _stops(eqn):
             out = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
             out = out if eqn.primitive.multiple_results else [out]
-        elif inner is not None:
-            out = _walk(*inner, given, visit)
+        elif eqn.primitive.name != "scan" and (names := CALLED & eqn.params.keys()):
+            out = _walk(eqn.params[names.pop()], given, visit)
         else:
             raise ValueError(
                 f"slope_gap: there is a stop_gradient inside of a {eqn.primitive}, whose values "
@@ -142,28 +116,10 @@ def _walk(jaxpr, consts, args, visit):
     return [read(v) for v in jaxpr.outvars]
 
 
-def _called(eqn):
-    """Program and constants of what an equation calls once with its own inputs, or None."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = eqn.params.get(name)
-        if isinstance(inner, JAXPRS) and eqn.primitive.name not in LOOPS:
-            return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
-    return None
-
-
 def _stops(eqn):
     """Whether there is a `stop_gradient` inside of an equation."""
-    return eqn.primitive.name == "stop_gradient" or any(
-        _stops(inner) for jaxpr in _inside(eqn.params.values()) for inner in jaxpr.eqns
-    )
-
-
-def _inside(values):
-    for value in values:
-        if isinstance(value, JAXPRS):
-            yield getattr(value, "jaxpr", value)
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield from _inside(value)
+    inner = (each for jaxpr in core.jaxprs_in_params(eqn.params) for each in jaxpr.eqns)
+    return eqn.primitive.name == "stop_gradient" or any(map(_stops, inner))
 
 
 def check(subject: Subject) -> None:
@@ -184,12 +140,9 @@ def check_second(subject: Subject) -> None:
     """The same of the gradient of a loss, which is what further derivatives are made of."""
     with jax.enable_x64(True):
         weight = subject.inputs(jnp.float64, seed=8)
-        for output, params, state, x in _ways(subject):
-
-            def loss(*point, output=output):
-                return jnp.sum(jnp.sin(output(*point)[0]) * weight)
-
-            _check("its gradient", jax.grad(loss, (0, 2)), params, state, x)
+        for output, *point in _ways(subject):
+            loss = lambda *point, y=output: jnp.sum(jnp.sin(y(*point)[0]) * weight)
+            _check("its gradient", jax.grad(loss, (0, 2)), *point)
 
 
 def _ways(subject):
@@ -199,9 +152,9 @@ def _ways(subject):
 
         def output(params, state, x, mask=mask):
             y, new = subject.apply(params, state, x, mask)
-            return y if mask is None else jnp.where(mask, y, 0), new
+            return fill(mask, y, 0), new
 
-        yield output, *variables, x if mask is None else jnp.where(mask, x, jnp.nan)
+        yield output, *variables, fill(mask, x, jnp.nan)
 
 
 def _check(name, function, *point):

@@ -1,26 +1,20 @@
 """Sharded equals unsharded, with ragged masks, and devices send few messages."""
 
+import functools
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from normjax.testing.measure import EXACT, count_collectives, jit
-from normjax.testing.subject import Subject, with_axis_name
+from normjax.testing.subject import Subject, fill, with_axis_name
 
 AXIS = "batch"
-WAYS = (
-    "jit, Auto",
-    "jit, Explicit",
-    "shard_map, checks on",
-    "shard_map, checks off",
-    "pmap",
-    "vmap",
-)
+ROWS, SAME = PartitionSpec(AXIS), PartitionSpec()
+SPECS = {"y": ROWS, "state": SAME, "grad": (SAME, ROWS), "jvp": ROWS, "second": (SAME, ROWS)}
 
 
 def check(subject: Subject) -> None:
@@ -34,149 +28,122 @@ def check_all(subject: Subject) -> None:
 
 
 def _compare(subject, ways, masks, whole):
-    devices = jax.devices()
-    if len(devices) < 2 or subject.shape[0] % len(devices):
-        raise ValueError(
-            f"check_method: a batch of {subject.shape[0]} cannot be divided among {len(devices)} "
-            "devices; two or more are needed."
-        )
+    samples, devices = subject.shape[0], jax.device_count()
+    if devices < 2 or samples % devices:
+        hint = f"{devices} devices; two or more are needed."
+        raise ValueError(f"check_method: a batch of {samples} cannot be divided among {hint}")
     with jax.enable_x64(True):
         variables = subject.variables(jnp.float64)
-        x = subject.inputs(jnp.float64)
-        weight = subject.inputs(jnp.float64, seed=4)
+        x, weight = (subject.inputs(jnp.float64, seed) for seed in (2, 4))
+        samples = subject.extras("sample", jnp.float64)
+        program = functools.partial(_program, subject, whole)
         for mask in masks:
-            data = x if mask is None else jnp.where(mask, x, jnp.nan)
-            wanted = jit(_program(subject, subject.method, whole))(*variables, data, mask, weight)
-            mapped = _mapped(subject, whole)
+            data = fill(mask, x, jnp.nan), mask, weight, samples
+            wanted = jit(program())(*variables, *data)
+            specs = {name: SPECS[name] for name in wanted}
             for name in ways:
-                got = mapped[name](*variables, data, mask, weight)
+                got = WAYS[name](program, specs, variables, data)
                 where = f"{name}, {'masked' if mask is not None else 'no mask'}"
                 chex.assert_trees_all_close(got, wanted, custom_message=where, **EXACT)
 
 
-def _program(subject, method, whole, reduce=lambda tree: tree, local=lambda tree: tree):
+def _program(subject, whole, *, mapped=False, checked=False):
     """Output, state and gradients as a function of data; `whole`: a tangent and a second order too.
 
-    `reduce` sums gradients of parameters over devices; `local` marks parameters as a device's own.
+    `mapped`: as one device of `AXIS` computes them; `checked`: where the type says what varies.
     """
+    method = with_axis_name(subject.method, AXIS) if mapped else subject.method
 
-    def run(params, state, x, mask, weight):
+    def reduced(gradients):
+        dparams, dx = gradients
+        return (lax.psum(dparams, AXIS) if mapped else dparams), dx
+
+    def run(params, state, x, mask, weight, samples):
         def output(params, x):
-            y, new = subject.apply(params, state, x, mask, method=method)
-            return (y if mask is None else jnp.where(mask, y, 0)), new
+            y, new = subject.apply(params, state, x, mask, samples, method=method)
+            return fill(mask, y, 0), new
 
-        def loss(params, x):
-            return jnp.sum(jnp.sin(output(params, x)[0]) * weight)
-
-        own = local(params)
+        loss = lambda params, x: jnp.sum(jnp.sin(output(params, x)[0]) * weight)
         gradient = jax.grad(loss, (0, 1))
         y, new = output(params, x)
+        out = {"y": y, "state": new}
+        own = _vary(params) if checked else params
         if not whole:
-            dparams, dx = gradient(own, x)
-            return {"y": y, "state": new, "grad": (reduce(dparams), dx)}
+            return out | {"grad": reduced(gradient(own, x))}
         direction = jax.tree.map(jnp.cos, own), jnp.where(jnp.isnan(x), 0, jnp.sin(3 * x))
-        gradients, second = jax.jvp(gradient, (own, x), direction)
+        first, second = jax.jvp(gradient, (own, x), direction)
         tangent = jax.jvp(lambda *at: output(*at)[0], (own, x), direction)[1]
-        pairs = {"grad": gradients, "second": second}
-        reduced = {name: (reduce(dparams), dx) for name, (dparams, dx) in pairs.items()}
-        return {"y": y, "state": new, "jvp": tangent, **reduced}
+        return out | {"jvp": tangent, "grad": reduced(first), "second": reduced(second)}
 
     return run
 
 
-def _mapped(subject, whole) -> dict[str, Any]:
-    """Ways to run `_program` on all devices, by name."""
-    number = jax.device_count()
-    method = with_axis_name(subject.method, AXIS)
-    plain = _program(subject, subject.method, whole)
-    total = lambda tree: jax.tree.map(lambda a: lax.psum(a, AXIS), tree)
-    vary = lambda tree: jax.tree.map(lambda a: lax.pcast(a, (AXIS,), to="varying"), tree)
-    unchecked = _program(subject, method, whole, reduce=total)
-    checked = _program(subject, method, whole, reduce=total, local=vary)
-    rows, same = PartitionSpec(AXIS), PartitionSpec()
-    out: dict[str, Any] = {"y": rows, "state": same, "grad": (same, rows)}
-    out |= {"jvp": rows, "second": (same, rows)} if whole else {}
+def _vary(params):
+    """Parameters as a device's own, so that their gradients are not summed over devices."""
+    return jax.tree.map(lambda a: lax.pcast(a, (AXIS,), to="varying"), params)
 
-    def jitted(kind):
-        def run(params, state, *data):
-            mesh = jax.make_mesh((number,), (AXIS,), axis_types=(kind,))
-            with jax.set_mesh(mesh):
-                put = lambda a: jax.device_put(a, NamedSharding(mesh, rows))
-                params, state = jax.device_put((params, state), NamedSharding(mesh, same))
-                data = jax.tree.map(put, data)
-                result = jit(plain)(params, state, *data)
-                for a, b in zip(*map(jax.tree.leaves, (result["state"], state)), strict=True):
-                    assert jax.typeof(a) == jax.typeof(b), f"{jax.typeof(b)} became {jax.typeof(a)}"
-            return result
 
-        return run
+def _mesh(kind=AxisType.Auto):
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(kind,))
 
-    def sharded(check):
-        def run(params, state, x, mask, weight):
-            mesh = Mesh(np.array(jax.devices()), (AXIS,))
-            specs = (same, same, rows, None if mask is None else rows, rows)
-            function = checked if check else unchecked
-            mapped = jax.shard_map(
-                function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=check
-            )
-            return jit(mapped)(params, state, x, mask, weight)
 
-        return run
+def _jitted(kind, program, specs, variables, data):
+    mesh = _mesh(kind)
+    with jax.set_mesh(mesh):
+        variables = jax.device_put(variables, NamedSharding(mesh, SAME))
+        data = jax.device_put(data, NamedSharding(mesh, ROWS))
+        result = jit(program())(*variables, *data)
+        old, new = (jax.tree.map(jax.typeof, tree) for tree in (variables[1], result["state"]))
+        assert new == old, f"{old} became {new}"
+    return result
 
-    def split(tree):
-        return jax.tree.map(lambda a: a.reshape(number, -1, *a.shape[1:]), tree)
 
-    def join(result):
-        merge = lambda a: a.reshape(-1, *a.shape[2:])
-        first = lambda tree: jax.tree.map(lambda a: a[0], tree)
-        pair = lambda both: (first(both[0]), merge(both[1]))
-        kinds = {"y": merge, "jvp": merge, "state": first, "grad": pair, "second": pair}
-        return {name: kinds[name](value) for name, value in result.items()}
+def _sharded(check, program, specs, variables, data):
+    into = (SAME, SAME, *(ROWS,) * len(data))
+    how = dict[str, Any](mesh=_mesh(), in_specs=into, out_specs=specs, check_vma=check)
+    return jit(jax.shard_map(program(mapped=True, checked=check), **how))(*variables, *data)
 
-    def mapped_by(transform):
-        def run(params, state, *data):
-            # A closure: `pmap` takes no argument without arrays, such as variables of none.
-            one = lambda data: unchecked(params, state, *data)
-            return join(transform(one, axis_name=AXIS)(split(data)))
 
-        return run
+def _split(transform, program, specs, variables, data):
+    parts = jax.tree.map(lambda a: a.reshape(jax.device_count(), -1, *a.shape[1:]), data)
+    # A closure: `pmap` takes no argument without arrays, such as variables of none.
+    run = lambda data: program(mapped=True)(*variables, *data)
+    result = transform(run, axis_name=AXIS)(parts)
+    whole = lambda spec, a: a.reshape(-1, *a.shape[2:]) if spec == ROWS else a[0]
+    join = lambda spec, tree: jax.tree.map(functools.partial(whole, spec), tree)
+    return jax.tree.map(join, specs, result)
 
-    runs = (
-        jitted(AxisType.Auto),
-        jitted(AxisType.Explicit),
-        sharded(True),
-        sharded(False),
-        mapped_by(jax.pmap),
-        mapped_by(jax.vmap),
-    )
-    return dict(zip(WAYS, runs, strict=True))
+
+WAYS = {
+    "jit, Auto": functools.partial(_jitted, AxisType.Auto),
+    "jit, Explicit": functools.partial(_jitted, AxisType.Explicit),
+    "shard_map, checks on": functools.partial(_sharded, True),
+    "shard_map, checks off": functools.partial(_sharded, False),
+    "pmap": functools.partial(_split, jax.pmap),
+    "vmap": functools.partial(_split, jax.vmap),
+}
 
 
 def check_collectives(subject: Subject) -> None:
     """Under a named axis at most `collectives` forward and as many more backward."""
     method = with_axis_name(subject.method, AXIS)
-    params, state = subject.variables()
-    x = subject.inputs()
-    mesh = Mesh(np.array(jax.devices()), (AXIS,))
-    rows, whole = PartitionSpec(AXIS), PartitionSpec()
+    variables, x = subject.variables(), subject.inputs()
+    samples = subject.extras("sample", jnp.float32)
 
-    def forward(params, state, x):
-        return subject.apply(params, state, x, method=method)
+    def forward(params, state, x, samples):
+        return subject.apply(params, state, x, None, samples, method=method)
 
-    def backward(params, state, x):
-        varying = jax.tree.map(lambda a: lax.pcast(a, (AXIS,), to="varying"), params)
-
+    def backward(params, state, x, samples):
         def loss(x):
-            y, new = subject.apply(varying, state, x, method=method)
-            # Of every device: with its own parameters, the state may be its own.
+            y, new = forward(_vary(params), state, x, samples)
+            # With its own parameters the state of a device may be its own.
             return jnp.sum(jnp.sin(y)), jax.tree.map(lambda a: a[None], new)
 
         return jax.grad(loss, has_aux=True)(x)
 
     allowed = subject.collectives
-    for function, state_spec, limit in ((forward, whole, allowed), (backward, rows, 2 * allowed)):
-        mapped = jax.shard_map(
-            function, mesh=mesh, in_specs=(whole, whole, rows), out_specs=(rows, state_spec)
-        )
-        number = count_collectives(mapped, params, state, x)
+    for function, state_spec, limit in ((forward, SAME, allowed), (backward, ROWS, 2 * allowed)):
+        how = dict[str, Any](in_specs=(SAME, SAME, ROWS, ROWS), out_specs=(ROWS, state_spec))
+        mapped = jax.shard_map(function, mesh=_mesh(), **how)
+        number = count_collectives(mapped, *variables, x, samples)
         assert number <= limit, f"{function.__name__}: {number} collectives, {limit} allowed"

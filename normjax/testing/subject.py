@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax.core import checks, passes
+from normjax.core import passes
+from normjax.core.method import feature_sizes, replace, traits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,16 +21,18 @@ class Subject:
       shape: shape of the input, the batch first.
       residual_bytes: how many bytes per byte of input reverse mode may keep; None: any number.
       drops_rows: whether a mask of samples gives exactly what dropping them gives.
-      roundings: how often half precision rounds on the way to the output (a chain: once per
-        method).
+      roundings: how often half precision rounds on the way to the output (a chain: per method).
       keeps_rounded: whether reverse mode keeps something rounded to half precision, so that the
         gradients of float32 parameters have its precision.
       collectives: how many collectives the forward pass may need (a chain: one per method); the
         backward pass as many more.
       masks_positions: whether a mask may hide single positions of a sample.
       fits_positions: whether the method fits any number of positions, not those of `shape` only.
-      extra: further inputs of `apply` by name, made for the dtype of the statistics and the sizes
-        of the feature axes; None: none.
+      extra: `extra(dtype, shape)` makes further inputs of `apply` by name, in the dtype of the
+        statistics; those that the traits call "sample" are masked, dropped and divided with `x`.
+
+    Raises:
+      ValueError: for an extra input that the traits do not name.
 
     Example:
       >>> import normjax as nj
@@ -46,22 +49,31 @@ class Subject:
     collectives: int = 1
     masks_positions: bool = True
     fits_positions: bool = True
-    extra: Callable[[Any, Any], dict[str, Any]] | None = None
+    extra: Callable[[Any, tuple[int, ...]], dict[str, Any]] = lambda dtype, shape: {}
+
+    def __post_init__(self):
+        made = self.extra(jnp.float32, self.shape)
+        if unknown := made.keys() - traits(self.method).inputs.keys():
+            raise ValueError(
+                f"check_method: extra inputs {sorted(unknown)}, which the traits of "
+                f"{type(self.method).__name__} do not name."
+            )
 
     @property
     def features(self) -> int | tuple[int, ...]:
         """Sizes of the feature axes."""
-        at = checks.feature_axes(self.method)
-        return tuple(self.shape[i] for i in at) if isinstance(at, tuple) else self.shape[at]
+        return feature_sizes(self.method, self.shape)
+
+    def extras(self, kind: Literal["sample", "whole"], dtype: Any) -> dict[str, Any]:
+        """The extra inputs that the traits of the method call `kind`."""
+        kinds = traits(self.method).inputs
+        return {k: a for k, a in self.extra(dtype, self.shape).items() if kinds[k] == kind}
 
     def variables(self, dtype: Any = None) -> tuple[Any, Any]:
         """Parameters and state that are not at their initial values; in `dtype` if given."""
         params, state = self.method.init(jax.random.key(0), self.features)
         rng = np.random.default_rng(1)
-
-        def moved(a, by):
-            return jnp.asarray(np.asarray(a, np.float64) + by, a.dtype if dtype is None else dtype)
-
+        moved = lambda a, by: jnp.asarray(np.asarray(a, np.float64) + by, dtype or a.dtype)
         params = jax.tree.map(lambda a: moved(a, 0.3 * rng.normal(size=a.shape)), params)
         return params, jax.tree.map(lambda a: moved(a, 0.25), state)
 
@@ -77,13 +89,18 @@ class Subject:
         keep[2 * part : 3 * part] = False
         return jnp.asarray(keep.reshape(-1, *(1,) * (len(self.shape) - 1)))
 
-    def apply(self, params, state, x, mask=None, *, train=True, method=None):
-        """`method.apply` with a key if the method is random, and without the moments of a pair."""
-        key = jax.random.key(7) if train and checks.is_random(self.method) else None
-        method = self.method if method is None else method
-        extra = {} if self.extra is None else self.extra(passes.wide(x.dtype), self.features)
-        y, state = method.apply(params, state, x, train=train, mask=mask, key=key, **extra)
-        return (y[0] if checks.returns_posterior(method) else y), state
+    def apply(self, params, state, x, mask=None, samples=None, *, train=True, method=None):
+        """`method.apply` with a key if it is random, and with extra inputs; `samples`: of `x`."""
+        key = jax.random.key(7) if train and traits(self.method).random else None
+        method, dtype = self.method if method is None else method, passes.wide(x.dtype)
+        samples = self.extras("sample", dtype) if samples is None else samples
+        given = samples | self.extras("whole", dtype)
+        return method.apply(params, state, x, train=train, mask=mask, key=key, **given)
+
+
+def fill(mask: Any, x: jax.Array, value: float) -> jax.Array:
+    """`x` with `value` where `mask`, if there is one, is False."""
+    return x if mask is None else jnp.where(mask, x, value)
 
 
 def with_axis_name(method: Any, axis_name: str | tuple[str, ...]) -> Any:
@@ -94,13 +111,4 @@ def with_axis_name(method: Any, axis_name: str | tuple[str, ...]) -> Any:
       >>> with_axis_name(nj.Ghost(nj.BatchNorm(), groups=2), "batch").method.axis_name
       'batch'
     """
-    if not checks.depends_on_train(method):
-        return method
-    if hasattr(method, "axis_name"):
-        return dataclasses.replace(method, axis_name=axis_name)
-    if hasattr(method, "method"):
-        return dataclasses.replace(method, method=with_axis_name(method.method, axis_name))
-    if hasattr(method, "methods"):
-        parts = tuple(with_axis_name(part, axis_name) for part in method.methods)
-        return dataclasses.replace(method, methods=parts)
-    return method
+    return replace(method, axis_name=axis_name, where=lambda one: traits(one).trains)

@@ -1,0 +1,61 @@
+"""`apply`, written once: observe -> coefficients -> one affine pass; absorb."""
+
+from typing import Any
+
+import jax
+
+from normjax.core import checks, passes, running
+from normjax.core.fields import RunningFields
+from normjax.core.method import feature_positions
+from normjax.core.structs import Key, Mask
+from normjax.core.tracing import traced_once
+
+
+@traced_once
+def apply(
+    self: Any,
+    params: Any,
+    state: Any,
+    x: jax.Array,
+    *,
+    train: bool,
+    mask: Mask = None,
+    key: Key = None,
+    **inputs: Any,
+) -> tuple[jax.Array, Any]:
+    """Normalizes real `x` with its own statistics (`train=True`) or with those of evaluation.
+
+    Returns the output, of the shape of `x`, and the state, moved if `train`.
+
+    Args:
+      mask: broadcasts to `x`; positions where it is False do not enter the statistics, and nothing
+        of them, NaN included, reaches the output at other positions or any gradient.
+      key: draws random numbers in training, where the method is random.
+      **inputs: further inputs, by the names in the method's traits.
+    """
+    x, mask = passes.inputs(self, x, mask)
+    if not train:
+        return evaluate(self, params, state, x, mask, **inputs), state
+    at = require_variables(self, params, state, x)
+    seen = self.observe(x, mask)
+    normalizer = self.coefficients(params, state, seen, key=key, **inputs)
+    y = passes.apply(x, normalizer, at, activation=self.activation, dtype=self.dtype)
+    return y, self.absorb(state, seen)
+
+
+def evaluate(method: Any, params: Any, state: Any, x: Any, mask: Mask, **inputs: Any) -> jax.Array:
+    """The output of evaluation."""
+    x, mask = passes.inputs(method, x, mask)
+    at = require_variables(method, params, state, x)
+    normalizer = method.evaluation(params, state, x, mask, **inputs)
+    return passes.apply(x, normalizer, at, activation=method.activation, dtype=method.dtype)
+
+
+def require_variables(method: Any, params: Any, state: Any, x: Any) -> tuple[int, ...]:
+    """The feature axes of `x`; ValueError unless scale, bias, mean and var have their sizes."""
+    at, arrays = feature_positions(method, x.shape), (params.scale, params.bias)
+    if isinstance(method, RunningFields):
+        running.require_state(method, state)
+        arrays = (*arrays, state.mean, state.var)
+    checks.require_features(type(method).__name__, "axes", at, x.shape, arrays)
+    return at
