@@ -7,8 +7,9 @@ of a subtree names all leaves below it: "block_1", "*/norm_?", "head/bias".
 """
 
 import collections
-import fnmatch
+import itertools
 from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from normjax.core import checks
 
 LABELS = ("norm_scale", "norm_bias", "bias", "kernel", "embedding", "other")
 DECAYED = ("kernel", "embedding")
+IS_LABEL = checks.one_of(*LABELS)
 
 __all__ = [
     "batch_norm_init_recipe",
@@ -32,37 +34,24 @@ __all__ = [
 
 
 def label_parameters(params: Any, overrides: Mapping[str, str] | None = None) -> Any:
-    """What each parameter is, as a tree of the structure of `params`.
+    """What each parameter is, in the structure of `params`: for `optax.multi_transform`.
 
-    - "kernel", "embedding": leaves of that name, of any shape: the kernel [5, 1] of a dense layer
-      with one output is one.
-    - "norm_scale": a `scale` that has no kernel beside it.
-    - "bias": a `bias` beside a kernel or an embedding; "norm_bias": one beside a `scale`, or alone,
-      as in a norm without scale.
-    - "other": all else, such as the slope of a PReLU or the `alpha` of `DynamicTanh`.
+    "kernel" and "embedding" are leaves of that name; "norm_scale" is a `scale` without a kernel
+    beside it; "bias" a `bias` beside a kernel or an embedding; "norm_bias" one beside a `scale`, or
+    alone; "other" all else, such as the slope of a PReLU or the `alpha` of `DynamicTanh`. The
+    placeholders of `optax.masked` stay. `overrides` are labels by pattern, such as
+    `{"pos_embedding": "embedding"}`; the last match wins. ValueError for one that matches nothing,
+    or whose label is none of `LABELS`.
 
     Shapes play no part. (The public implementation of `batch_norm_init_recipe` goes by them, and
     takes slopes and kernels with one output for norm scales, and norms of one feature for weights.)
-
-    Args:
-      params: a tree of parameters; the placeholders of `optax.masked` stay as they are.
-      overrides: labels by pattern, the last match wins, such as `{"pos_embedding": "embedding"}`.
-
-    Returns:
-      The labels, for `optax.multi_transform` and the like.
-
-    Raises:
-      ValueError: for an override that matches nothing, or whose label is none of `LABELS`.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, normjax.linen, normjax.optim
       >>> net = nn.Sequential([nn.Dense(4), normjax.linen.LayerNorm(), nn.PReLU(), nn.Dense(1)])
       >>> params = net.init(jax.random.key(0), jnp.ones((2, 3)))["params"]
-      >>> labels = normjax.optim.label_parameters(params)
-      >>> labels["layers_1"], labels["layers_2"]
-      ({'bias': 'norm_bias', 'scale': 'norm_scale'}, {'negative_slope': 'other'})
-      >>> labels["layers_3"]
-      {'bias': 'bias', 'kernel': 'kernel'}
+      >>> [list(label.values()) for label in normjax.optim.label_parameters(params).values()]
+      [['bias', 'kernel'], ['norm_bias', 'norm_scale'], ['other'], ['bias', 'kernel']]
     """
     paths, leaves, structure = _flatten(params)
     siblings = collections.defaultdict(set)
@@ -70,10 +59,7 @@ def label_parameters(params: Any, overrides: Mapping[str, str] | None = None) ->
         siblings[path[:-1]].add(path[-1])
     labels = [_label(path[-1], siblings[path[:-1]]) for path in paths]
     for pattern, label in (overrides or {}).items():
-        if label not in LABELS:
-            raise ValueError(
-                f"label_parameters: {pattern!r}: {label!r} is not one of {', '.join(LABELS)}."
-            )
+        checks.require("label_parameters", "overrides", label, IS_LABEL)
         for i in _matches("label_parameters", paths, [pattern]):
             labels[i] = label
     pairs = zip(leaves, labels, strict=True)
@@ -81,50 +67,31 @@ def label_parameters(params: Any, overrides: Mapping[str, str] | None = None) ->
 
 
 def _label(name, siblings):
-    weights = siblings & {"kernel", "embedding"}
-    match name:
-        case "kernel" | "embedding":
-            return name
-        case "scale" if not weights:
-            return "norm_scale"
-        case "bias" if weights:
-            return "bias"
-        case "bias" if "scale" in siblings or len(siblings) == 1:
-            return "norm_bias"
-        case "bias":
-            return "bias"
-    return "other"
+    if name in DECAYED:
+        return name
+    weighs = not siblings.isdisjoint(DECAYED)
+    if name == "bias":
+        of_norm = not weighs and ("scale" in siblings or len(siblings) == 1)
+        return "norm_bias" if of_norm else "bias"
+    return "norm_scale" if name == "scale" and not weighs else "other"
 
 
 def decay_mask(
-    params: Any,
-    labels: Collection[str] = DECAYED,
-    overrides: Mapping[str, str] | None = None,
+    params: Any, labels: Collection[str] = DECAYED, overrides: Mapping[str, str] | None = None
 ) -> Any:
-    """Which parameters weight decay is for: kernels and embeddings, no norms, biases or others.
+    """Which parameters weight decay is for, as a tree of True and False: a `mask` for optax.
 
-    Args:
-      params: a tree of parameters.
-      labels: the labels of `label_parameters` that are decayed.
-      overrides: as in `label_parameters`.
-
-    Returns:
-      A tree of True and False; the function itself is a `mask` for optax.
-
-    Raises:
-      ValueError: for a label that is none of `LABELS`, and as `label_parameters`.
+    Those with one of the `labels`, by `label_parameters`, whose `overrides` and errors it has.
 
     Example:
-      >>> import normjax as nj, optax
-      >>> from normjax import optim
+      >>> import normjax as nj, optax, normjax.optim as optim
       >>> params, _ = nj.BatchNorm().init(None, 3)
       >>> optim.decay_mask({"dense": {"kernel": 0.0}, "norm": params})
       {'dense': {'kernel': True}, 'norm': AffineParams(scale=False, bias=False)}
       >>> optimizer = optax.adamw(1e-3, weight_decay=0.1, mask=optim.decay_mask)
     """
     for label in labels:
-        if label not in LABELS:
-            raise ValueError(f"decay_mask: {label!r} is not one of {', '.join(LABELS)}.")
+        checks.require("decay_mask", "labels", label, IS_LABEL)
     return jax.tree.map(lambda label: label in labels, label_parameters(params, overrides))
 
 
@@ -133,50 +100,37 @@ def scale_learning_rate(
 ) -> optax.GradientTransformation:
     """Divides the updates of norm scales by `c`.
 
-    Placed last, behind momentum and schedule, this divides their learning rate, and all of them
-    follow the same schedule. (To divide the gradient would do nothing under Adam.)
-
-    Args:
-      c: above 1 slows the scales; a number or a scalar array.
-      overrides: as in `label_parameters`.
-
-    Returns:
-      A transformation without state.
+    Placed last, behind momentum and schedule, this divides their learning rate. (To divide the
+    gradient would do nothing under Adam.) `overrides` is that of `label_parameters`.
 
     Raises:
       ValueError: unless `c` > 0; in `init`, if no parameter is a norm's scale.
 
     Example:
-      >>> import normjax as nj, optax
-      >>> from normjax import optim
+      >>> import normjax as nj, optax, normjax.optim as optim
       >>> params, _ = nj.RMSNorm().init(None, 2)
       >>> optimizer = optax.chain(optax.sgd(0.5), optim.scale_learning_rate(4.0))
       >>> updates, _ = optimizer.update(params, optimizer.init(params))
       >>> updates.scale.tolist()
       [-0.125, -0.125]
     """
-    checks.number(
+    checks.require_number(
         "scale_learning_rate", "c", c, 0, above=True, hint="It divides the rate; 1 leaves it."
     )
 
-    def init(params):
-        labels = jax.tree.leaves(label_parameters(params, overrides))
-        if "norm_scale" not in labels:
+    def scales(params):
+        labels = label_parameters(params, overrides)
+        if "norm_scale" not in jax.tree.leaves(labels):
             raise ValueError(
                 "scale_learning_rate: no parameter is the scale of a norm. Norms keep it in a "
                 "leaf named `scale`; `overrides` labels leaves with other names."
             )
-        return optax.EmptyState()
+        return jax.tree.map(lambda label: label == "norm_scale", labels)
 
-    def update(updates, state, params=None):
-        del params
+    def divide(update):
+        return update / jnp.asarray(c, update.dtype)
 
-        def divide(label, update):
-            return update / jnp.asarray(c, update.dtype) if label == "norm_scale" else update
-
-        return jax.tree.map(divide, label_parameters(updates, overrides), updates), state
-
-    return optax.GradientTransformation(init, update)
+    return optax.masked(optax.stateless(lambda u, _: jax.tree.map(divide, u)), scales)
 
 
 def freeze(*patterns: str) -> optax.GradientTransformation:
@@ -185,68 +139,43 @@ def freeze(*patterns: str) -> optax.GradientTransformation:
     Placed last in the chain, it keeps them as they are, bit for bit, weight decay and momentum
     notwithstanding. Running statistics are no parameters: `keep_statistics` freezes them.
 
-    Args:
-      *patterns: what to freeze; see the top of this module.
-
-    Returns:
-      A transformation without state.
-
     Raises:
-      ValueError: without patterns; in `init`, for a pattern that matches nothing.
+      ValueError: in `init`, without patterns or for one that matches nothing.
 
     Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from normjax import optim
+      >>> import jax.numpy as jnp, optax, normjax.optim as optim
       >>> params = {"stem": {"scale": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}
       >>> optimizer = optax.chain(optax.sgd(0.5), optim.freeze("stem"))
       >>> updates, _ = optimizer.update(params, optimizer.init(params))
       >>> updates["stem"]["scale"].tolist(), updates["head"]["kernel"].tolist()
       ([0.0, 0.0], [-0.5, -0.5])
     """
-    _need("freeze", patterns)
 
-    def init(params):
-        _matches("freeze", _flatten(params)[0], patterns)
-        return optax.EmptyState()
+    def named(params):
+        paths, leaves, structure = _flatten(params)
+        found = _matches("freeze", paths, patterns)
+        return structure.unflatten(i in found for i in range(len(leaves)))
 
-    def update(updates, state, params=None):
-        del params
-        paths, leaves, structure = _flatten(updates)
-        for i in _matches("freeze", paths, patterns):
-            leaves[i] = jax.tree.map(jnp.zeros_like, leaves[i])
-        return structure.unflatten(leaves), state
-
-    return optax.GradientTransformation(init, update)
+    return optax.masked(optax.set_to_zero(), named)
 
 
 def keep_statistics(new: Any, old: Any, *patterns: str) -> Any:
     """`new` with the named leaves of `old`: running statistics that stay where they were.
 
-    The layers keep normalizing with the statistics of the batch in training, and with the kept
-    ones in evaluation.
-
-    Args:
-      new: the statistics after a step, such as `updates["batch_stats"]` of Linen or
-        `nnx.state(model, nnx.BatchStat)`.
-      old: those before it. A module of NNX changes its variables in place: take
-        `jax.tree.map(lambda a: a, nnx.state(model, nnx.BatchStat))` before the step.
-      *patterns: what to keep; see the top of this module.
-
-    Returns:
-      A tree of the structure of `new`.
+    `new` are those after a training step, such as `updates["batch_stats"]` of Linen, and `old` are
+    those before it. A module of NNX changes its variables in place: copy them before the step, by
+    `jax.tree.map(lambda a: a, nnx.state(model, nnx.BatchStat))`. In training the layers keep
+    normalizing with the statistics of the batch.
 
     Raises:
-      ValueError: without patterns, for a pattern that matches nothing, and for trees of different
-        structure.
+      ValueError: without patterns, for one that matches nothing, and if the trees differ.
 
     Example:
       >>> from normjax import optim
-      >>> old = {"stem": {"mean": 0.0}, "head": {"mean": 0.0}}
-      >>> new = {"stem": {"mean": 1.0}, "head": {"mean": 1.0}}
+      >>> old, new = ({"stem": {"mean": mean}, "head": {"mean": mean}} for mean in (0.0, 1.0))
       >>> optim.keep_statistics(new, old, "stem")
       {'head': {'mean': 1.0}, 'stem': {'mean': 0.0}}
     """
-    _need("keep_statistics", patterns)
     paths, leaves, structure = _flatten(new)
     old_paths, old_leaves, _ = _flatten(old)
     if paths != old_paths:
@@ -270,47 +199,33 @@ def batch_norm_init_recipe(
     """SGD for norms whose scales start below one and move slowly.
 
     Davis & Frank, *Revisiting Batch Norm Initialization*, 2022, https://arxiv.org/abs/2110.13989,
-    with the settings of its public implementation (osu-cvl/revisiting-bn-init): momentum 0.9, the
-    learning rate of all norm scales divided by `c`, weight decay on kernels (and embeddings) alone.
-    Parameters are told apart by name, not by shape (`label_parameters`), so that it works for every
-    norm. What else belongs to the recipe:
+    with the settings of its public implementation (osu-cvl/revisiting-bn-init); but parameters are
+    told apart by name (`label_parameters`, with `overrides`), so that it works for every norm. It
+    is `optax.sgd` with `momentum` and a `learning_rate`, or its schedule, with weight decay on
+    kernels and embeddings alone, and the learning rate of norm scales divided by `c`. What else
+    belongs to the recipe:
 
     - `scale_init=jax.nn.initializers.constant(0.1)` in all norms, biases zero;
-    - `InputNorm` with the same `scale_init` on images in [0, 1], in place of the moments of the
-      data set;
+    - for images in [0, 1] `BatchNorm(use_bias=False, scale_init=normjax.relu_scale(...))` with the
+      same initializer, in place of the moments of the data set;
     - He initialization; a learning rate of 0.1 with cosine decay to 1e-8.
-
-    With `c=1` and scales that start at one it is `optax.sgd` with weight decay on kernels.
-
-    Args:
-      learning_rate: of all other parameters, or its schedule.
-      c: divisor of the learning rate of norm scales.
-      momentum: of the gradients, in [0, 1).
-      weight_decay: added to the gradients of kernels and embeddings, times their values.
-      overrides: as in `label_parameters`.
-
-    Returns:
-      An optax optimizer; `update` needs the parameters.
 
     Raises:
       ValueError: for an argument outside its range, and as `scale_learning_rate`.
 
     Example:
-      >>> import jax, normjax as nj, optax
-      >>> from normjax import optim
-      >>> norm = nj.BatchNorm(scale_init=jax.nn.initializers.constant(0.1))
-      >>> params, _ = norm.init(None, 2)
+      >>> import jax, normjax as nj, optax, normjax.optim as optim
+      >>> params, _ = nj.BatchNorm(scale_init=jax.nn.initializers.constant(0.1)).init(None, 2)
       >>> schedule = optax.cosine_decay_schedule(0.1, decay_steps=1000, alpha=1e-7)
-      >>> optimizer = optim.batch_norm_init_recipe(schedule)
-      >>> rates = optim.effective_learning_rates(optimizer, params)
+      >>> rates = optim.effective_learning_rates(optim.batch_norm_init_recipe(schedule), params)
       >>> f"{rates['scale']:.4f} {rates['bias']:.4f}"
       '0.0010 0.1000'
     """
     name = "batch_norm_init_recipe"
     if not callable(learning_rate):
-        checks.number(name, "learning_rate", learning_rate, 0)
-    checks.number(name, "weight_decay", weight_decay, 0)
-    checks.number(name, "momentum", momentum, 0)
+        checks.require_number(name, "learning_rate", learning_rate, 0)
+    checks.require_number(name, "weight_decay", weight_decay, 0)
+    checks.require_number(name, "momentum", momentum, 0)
     if checks.is_number(momentum) and momentum >= 1:
         raise ValueError(f"{name}: momentum={momentum!r} is not in [0, 1).")
     return optax.chain(
@@ -327,22 +242,11 @@ def effective_learning_rates(
 
     Measured, not read from the arguments: schedules, masks, freezing and divided rates all show.
     For SGD this is the learning rate (with Nesterov momentum, 1 + momentum times it); where a step
-    is not proportional to the gradient, as in Adam, it is the slope at gradient one.
-
-    Args:
-      optimizer: any optax optimizer that is differentiable.
-      params: its parameters.
-      state: its state; None: that before the first step.
-
-    Returns:
-      The rates by path, means over the elements of a parameter.
-
-    Raises:
-      ValueError: as `init` of the optimizer.
+    is not proportional to the gradient, as in Adam, it is the slope at gradient one. By path, means
+    over the elements of a parameter. Without a `state` it is the first step.
 
     Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from normjax import optim
+      >>> import jax.numpy as jnp, optax, normjax.optim as optim
       >>> optimizer = optax.chain(optax.sgd(0.5), optim.freeze("head"))
       >>> optim.effective_learning_rates(optimizer, {"stem": jnp.ones(2), "head": jnp.ones(3)})
       {'head': 0.0, 'stem': 0.5}
@@ -372,24 +276,16 @@ def _is_masked(leaf):
     return isinstance(leaf, optax.MaskedNode)
 
 
-def _need(name, patterns):
-    if not patterns:
-        raise ValueError(f"{name}: no patterns are given, such as 'stem' or '*/norm_?'.")
-
-
 def _matches(name, paths, patterns):
     """Indices of the paths that a pattern matches, in whole or up to a slash."""
+    if not patterns:
+        raise ValueError(f"{name}: no patterns are given, such as 'stem' or '*/norm_?'.")
+    starts = [list(itertools.accumulate(path, "{}/{}".format)) for path in paths]
     found = set()
     for pattern in patterns:
-        hits = {
-            i
-            for i, path in enumerate(paths)
-            if any(
-                fnmatch.fnmatchcase("/".join(path[:n]), pattern) for n in range(1, len(path) + 1)
-            )
-        }
+        hits = {i for i, names in enumerate(starts) if any(fnmatchcase(n, pattern) for n in names)}
         if not hits:
-            some = ", ".join("/".join(path) for path in paths[:5])
+            some = ", ".join(names[-1] for names in starts[:5])
             raise ValueError(f"{name}: the pattern {pattern!r} matches none of {some}, ...")
         found |= hits
-    return sorted(found)
+    return found

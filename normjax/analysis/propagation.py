@@ -1,25 +1,23 @@
 """How well statistics are known: from a small batch, from a prediction, and from both.
 
-`capture` runs a Flax Linen model with Kalman norms over many images and returns, for every norm,
-the true statistics of its input, those of small batches, and the predicted ones; `compare` turns
-them into errors, for the fusion over its gain; `plot` shows these.
+`capture` finds them, and the true ones, at every Kalman norm of a Flax Linen model; `compare` turns
+them into errors, those of the fusion for every gain; `plot` shows these.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from normjax import linen
-from normjax.core import checks, passes
-from normjax.core.structs import Moments
+from normjax.analysis import figures
+from normjax.core import statistics
+from normjax.core.method import replace
+from normjax.core.statistics import Moments
 from normjax.linen.carry import carry
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from normjax.methods.ghost import Ghost
 
 __all__ = ["Errors", "Statistics", "capture", "compare", "errors", "plot"]
 
@@ -28,11 +26,9 @@ class Statistics(NamedTuple):
     """What `capture` finds of the input of one Kalman norm; C features.
 
     Example:
-      >>> import jax.numpy as jnp, normjax as nj
       >>> from normjax.analysis import propagation
-      >>> one = nj.propagate.prediction(jnp.zeros(3), jnp.ones(3))
-      >>> propagation.Statistics(one, one, None).prediction is None
-      True
+      >>> propagation.Statistics._fields
+      ('truth', 'batches', 'prediction')
     """
 
     truth: Moments  # [C], over all samples and positions
@@ -44,10 +40,9 @@ class Errors(NamedTuple):
     """Mean squared errors of statistics, over features (and batches).
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from normjax.analysis import propagation
-      >>> propagation.Errors(jnp.zeros(()), jnp.ones(())).log_var.item()
-      1.0
+      >>> propagation.Errors._fields
+      ('mean', 'log_var')
     """
 
     mean: jax.Array  # of the mean, in units of the true variance
@@ -65,61 +60,38 @@ def capture(
 ) -> dict[str, Statistics]:
     """Statistics of the input of every Kalman norm of a model, by its path.
 
-    Works under `jax.jit`. The model runs once, over all of `x`; give it what makes it evaluate, so
-    that its activations do not depend on small batches.
-
-    Args:
-      model: a Linen module for `normjax.linen.carry`.
-      variables: of the model.
-      x: its input, the samples first.
-      batch_size: samples of a small batch; divides the number of samples.
-      given: moments of the features of `x`, if they are known.
-      **kwargs: what else the model takes, such as `train=False`.
-
-    Raises:
-      ValueError: if `batch_size` does not divide the samples, or if there is no Kalman norm.
+    Works under `jax.jit`. The model, made for `normjax.linen.carry`, runs once, over all of `x`,
+    the samples first. Let it evaluate, so that its activations do not depend on small batches of
+    `batch_size`. `given` are the moments of the features of `x`, if they are known. ValueError if
+    `batch_size` does not divide the samples, or if there is no Kalman norm.
 
     Example:
-      >>> import jax, normjax.linen
-      >>> from flax import linen as nn
-      >>> from normjax.analysis import propagation
-      >>> from normjax.linen.carry import carry
-      >>> class Net(nn.Module):
-      ...     @nn.compact
-      ...     def __call__(self, x):
-      ...         for i in range(2):
-      ...             x = nn.Dense(4)(x)
-      ...             x = normjax.linen.KalmanNorm(use_running_average=True, activation=nn.relu)(x)
-      ...         return x
+      >>> import jax, flax.linen as nn, normjax.analysis.propagation as propagation
+      >>> from normjax.linen import KalmanNorm, carry
+      >>> net = nn.Sequential([nn.Dense(4), KalmanNorm(use_running_average=True)])
       >>> x = jax.random.normal(jax.random.key(0), (8, 3))
-      >>> with carry():
-      ...     variables = Net().init(jax.random.key(1), x)
-      >>> found = propagation.capture(Net(), variables, x)
-      >>> {name: one.batches.mean.shape for name, one in found.items()}
-      {'KalmanNorm_0': (4, 4), 'KalmanNorm_1': (4, 4)}
+      >>> with carry.carry():
+      ...     variables = net.init(jax.random.key(1), x)
+      >>> propagation.capture(net, variables, x)["layers_1"].batches.mean.shape
+      (4, 4)
     """
     if x.shape[0] % batch_size:
         raise ValueError(f"capture: batch_size={batch_size} does not divide {x.shape[0]} samples.")
     inputs: dict[str, tuple[Moments, Moments]] = {}
 
     def look(call, args, kwargs, context):
-        module = context.module
-        kalman = isinstance(module, linen.Norm | linen.KalmanNorm)
-        kalman = kalman and context.method_name == "__call__"
-        if kalman and checks.returns_posterior(module._method()):
-            z = args[0]
-            at = checks.axes("capture", "axis", module._method().axis, z.shape)
-            axes = tuple(i for i in range(z.ndim) if i not in at)
-            parts = z.reshape(-1, batch_size, *z.shape[1:])
-            whole = passes.moments(z, axes)
-            small = passes.moments(parts, tuple(i + 1 for i in axes))
-            squeeze = lambda m, over: Moments(*(jnp.squeeze(a, over) for a in m))
-            name = "/".join(module.path)
-            inputs[name] = squeeze(whole, axes), squeeze(small, tuple(i + 1 for i in axes))
-        return call(*args, **kwargs)
+        y, name = call(*args, **kwargs), "/".join(context.module.path)
+        if context.method_name == "__call__" and name in found.priors:
+            method = context.module.method_of()
+            method = method.method if isinstance(method, Ghost) else method
+            method = replace(method, axis_name=None, axis_index_groups=None)
+            parts = args[0].reshape(-1, batch_size, *args[0].shape[1:])
+            parts = jax.vmap(method.observe)(parts)
+            inputs[name] = statistics.merge(parts), parts
+        return y
 
-    known = {} if given is None else {"x": (x, given)}
-    with carry(**known) as found, nn.intercept_methods(look):
+    known = [] if given is None else [(x, given)]
+    with carry(known) as found, nn.intercept_methods(look):
         model.apply(variables, x, **kwargs)
     if not inputs:
         raise ValueError(f"capture: {type(model).__name__} has called no Kalman norm.")
@@ -130,8 +102,7 @@ def errors(estimate: Moments, truth: Moments) -> Errors:
     """Errors of estimated statistics [..., C] against the true ones [C].
 
     Example:
-      >>> import jax.numpy as jnp, normjax as nj
-      >>> from normjax.analysis import propagation
+      >>> import jax.numpy as jnp, normjax as nj, normjax.analysis.propagation as propagation
       >>> truth = nj.propagate.prediction(jnp.zeros(3), 4 * jnp.ones(3))
       >>> wrong = nj.propagate.prediction(jnp.ones(3), 4 * jnp.ones(3))
       >>> propagation.errors(wrong, truth).mean.item()
@@ -143,19 +114,13 @@ def errors(estimate: Moments, truth: Moments) -> Errors:
 
 
 def compare(found: Statistics, gains: Sequence[float] = ()) -> dict[str, Errors]:
-    """Errors of small batches, of the prediction, and of their fusion.
+    """Errors "batch" of small batches, "prediction", and, arrays [gains], "fusion" of both.
 
-    Args:
-      found: of one norm, with a prediction.
-      gains: weights of the batch, in [0, 1].
-
-    Returns:
-      "batch", "prediction" and, as arrays [gains], "fusion": the statistics with which `KalmanNorm`
-      normalizes a small batch for each gain.
+    The fusion is what `KalmanNorm` normalizes a small batch with, whose weight is the gain, in
+    [0, 1]. ValueError without a prediction.
 
     Example:
-      >>> import jax.numpy as jnp, normjax as nj
-      >>> from normjax.analysis import propagation
+      >>> import jax.numpy as jnp, normjax as nj, normjax.analysis.propagation as propagation
       >>> one = nj.propagate.prediction(jnp.zeros(3), jnp.ones(3))
       >>> two = nj.propagate.prediction(jnp.zeros((5, 3)), jnp.ones((5, 3)))
       >>> table = propagation.compare(propagation.Statistics(one, two, one), [0.0, 0.5])
@@ -164,14 +129,13 @@ def compare(found: Statistics, gains: Sequence[float] = ()) -> dict[str, Errors]
     """
     if found.prediction is None:
         raise ValueError("compare: this norm has no prediction: nothing in front of it is known.")
-    batches, prior = found.batches, found.prediction
-    mean, var = (jnp.broadcast_to(a, batches.mean.shape) for a in prior[1:])
+    batches = found.batches
+    prior = Moments(*(jnp.broadcast_to(a, batches.mean.shape) for a in found.prediction))
+    both = jax.tree.map(lambda *a: jnp.stack(a), prior, batches)
 
     def fused(gain):
-        gap = mean - batches.mean
-        spread = gain * (1 - gain) * jnp.square(gap)
-        both = batches.var + (1 - gain) * (var - batches.var) + spread
-        return errors(Moments(batches.count, batches.mean + (1 - gain) * gap, both), found.truth)
+        mixture = both._replace(count=jnp.stack([1 - gain, gain]))
+        return errors(statistics.merge(mixture), found.truth)
 
     return {
         "batch": errors(batches, found.truth),
@@ -180,34 +144,23 @@ def compare(found: Statistics, gains: Sequence[float] = ()) -> dict[str, Errors]
     }
 
 
-def plot(tables: Mapping[str, Mapping[str, Errors]], gains: Sequence[float]) -> "Figure":
+def plot(tables: Mapping[str, Mapping[str, Errors]], gains: Sequence[float]) -> "figures.Figure":
     """The errors of the fusion over the gain, a panel for mean and variance, a line for each norm.
 
-    Args:
-      tables: what `compare` made of each norm with `gains`.
-      gains: the gains.
+    `tables` holds what `compare` made of each norm with these `gains`.
 
     Example:
-      >>> import jax.numpy as jnp, normjax as nj
-      >>> from normjax.analysis import propagation
-      >>> one = nj.propagate.prediction(jnp.zeros(3), jnp.ones(3))
-      >>> two = nj.propagate.prediction(jnp.ones((5, 3)), 2 * jnp.ones((5, 3)))
-      >>> table = propagation.compare(propagation.Statistics(one, two, one), [0.0, 0.5, 1.0])
-      >>> len(propagation.plot({"norm": table}, [0.0, 0.5, 1.0]).axes)
-      2
+      >>> import jax.numpy as jnp, normjax.analysis.propagation as propagation
+      >>> table = {"fusion": propagation.Errors(jnp.ones(2), jnp.ones(2))}
+      >>> [len(axes.lines) for axes in propagation.plot({"norm": table}, [0.0, 0.5]).axes]
+      [1, 1]
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure((10, 4), dpi=150, layout="constrained")
     titles = ("squared error of the mean / variance", "squared error of the log-variance")
-    for field, title, axes in zip(Errors._fields, titles, figure.subplots(1, 2), strict=True):
+    figure, panels = figures.panels(1, 2, (10, 4), titles=titles)
+    for field, axes in zip(Errors._fields, panels[0], strict=True):
         for name, table in tables.items():
             values = np.asarray(getattr(table["fusion"], field), np.float64)
             axes.plot(gains, np.maximum(values, 1e-12), label=name)
-        axes.set_yscale("log")
-        axes.set_xlabel("gain: 0 is the prediction, 1 the small batch")
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+        axes.set(yscale="log", xlabel="gain: 0 is the prediction, 1 the small batch")
+    panels[0, 0].legend(frameon=False, fontsize=8)
     return figure

@@ -232,30 +232,29 @@ class DoubleNoiseTest(parameterized.TestCase):
     @parameterized.parameters("replacement", "partition")
     def test_parts_make_the_whole(self, drawing):
         x = correlated(0.5, 100)
-        found = doubled(KEY, x, 16, 4, ghosts=50, drawing=drawing)
-        shift = found.batch.shift + found.batch.scale * found.ghost.shift
-        close(found.total.shift, shift, 1e-6)
-        close(found.total.scale, found.batch.scale * found.ghost.scale, 1e-6)
+        batch, ghost, total = doubled(KEY, x, 16, 4, ghosts=50, drawing=drawing)
+        close(total.shift, batch.shift + batch.scale * ghost.shift, 1e-6)
+        close(total.scale, batch.scale * ghost.scale, 1e-6)
 
     def test_brute_force(self):
         x = correlated(0.5, 100)
-        found = doubled(KEY, x, 16, 4, ghosts=20)
+        batch, ghost, total = doubled(KEY, x, 16, 4, ghosts=20)
         chosen = np.asarray(jax.random.randint(jax.random.split(KEY)[0], (20, 16), 0, 100))
-        close(found.batch, brute(x, chosen), 1e-5)
-        close(found.total, brute(x, chosen[:, :4]), 1e-5)
+        close(batch, brute(x, chosen), 1e-5)
+        close(total, brute(x, chosen[:, :4]), 1e-5)
         ghosts = [brute(x[chosen[i]], [range(4)]) for i in range(20)]
         expected = jax.tree.map(lambda *a: np.concatenate(a), *ghosts)
-        close(found.ghost, expected, 1e-5)
+        close(ghost, expected, 1e-5)
 
     @parameterized.parameters("replacement", "partition")
     def test_variances(self, drawing):
         x = draw(0, 1000, 2)
-        found = doubled(KEY, x, 32, 8, ghosts=20_000, drawing=drawing)
-        estimates(np.square(found.batch.shift), 1 / 32)
-        total = 1 / 8 if drawing == "partition" else 1 / 32 + (1 - 1 / 32) / 8
-        estimates(np.square(found.total.shift), total)
+        batch, ghost, total = doubled(KEY, x, 32, 8, ghosts=20_000, drawing=drawing)
+        estimates(np.square(batch.shift), 1 / 32)
+        expected = 1 / 8 if drawing == "partition" else 1 / 32 + (1 - 1 / 32) / 8
+        estimates(np.square(total.shift), expected)
         law = law_of(8, 32).shift_var if drawing == "partition" else 1 / 8
-        estimates(np.square(found.ghost.shift), float(law))
+        estimates(np.square(ghost.shift), float(law))
 
     def test_rejects(self):
         with self.assertRaisesRegex(ValueError, "double_noise: size=9 .* 8 samples"):

@@ -47,6 +47,15 @@ def test_capture_has_the_statistics_of_the_inputs():
     assert propagation.capture(Net(), variables, x)["KalmanNorm_0"].prediction is None
 
 
+def test_capture_of_norms_of_parts():
+    """A norm of parts of the batch is measured as the one that it evaluates as."""
+    x = jax.random.normal(KEY, (6, 3))
+    model = linen.Norm(nj.Ghost(nj.KalmanNorm(), groups=2), use_running_average=True)
+    found = propagation.capture(model, model.init(KEY, x), x)[""]
+    chex.assert_trees_all_close(found.truth.mean, x.mean(0), atol=1e-6)
+    assert found.batches.mean.shape == (3, 3)
+
+
 def test_fusion_is_that_of_the_layer_and_has_its_parts_at_the_ends():
     x = jax.random.normal(KEY, (6, 3))
     prior = propagate.prediction(jnp.ones(3), 2 * jnp.ones(3))
@@ -56,8 +65,8 @@ def test_fusion_is_that_of_the_layer_and_has_its_parts_at_the_ends():
     gains = (0.0, 0.3, 1.0)
     table = propagation.compare(found, gains)
     for i, gain in enumerate(gains):
-        method = nj.KalmanNorm(gain=gain, posterior="fused")
-        (_, fused), _ = method.apply(*method.init(KEY, 3), x, train=True, prior=prior)
+        method = nj.KalmanNorm(gain=gain)
+        fused = method.fused(*method.init(KEY, 3), method.observe(x), prior=prior)
         wanted = propagation.errors(fused, truth)
         chex.assert_trees_all_close(jax.tree.map(lambda a, i=i: a[i], table["fusion"]), wanted)
     ends = [jax.tree.map(lambda a, i=i: a[i], table["fusion"]) for i in (0, 2)]

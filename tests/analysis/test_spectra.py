@@ -121,8 +121,7 @@ class MeasureTest(parameterized.TestCase):
             spectra.measure(jnp.ones((2, 3)))
 
     @parameterized.parameters(
-        (jnp.ones((2, 3), int), {}, TypeError, "'x' has dtype int32"),
-        (jnp.ones((2, 3), complex), {}, TypeError, "'x' has dtype complex64"),
+        (jnp.ones((2, 3), complex), {}, TypeError, "'x': the input has dtype complex64"),
         (jnp.ones(3), {}, ValueError, r"'x' has shape \(3,\)"),
         (jnp.ones((0, 3, 3, 2)), {}, ValueError, r"'x' has shape \(0, 3, 3, 2\)"),
         (jnp.ones((2, 3)), dict(bands=0), ValueError, "bands=0"),
