@@ -1,30 +1,21 @@
 """Compares normjax's methods with the reference vectors and the float64 oracles."""
 
-import dataclasses
 import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import reference
+import oracles
 import vector_files
 
-import normjax as nj
+from normjax.core.method import replace
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-10}  # absolute and, beyond one, relative
 KINDS = (("float32", False), ("float64", True))  # dtype and whether masked, of a case's two runs
 OFFSET_TOLERANCE = 1e-5  # relative error of a float32 variance at offset / std = 1e4
 DEVICES_OFFSET_TOLERANCE = 2e-4  # the same over eight devices: their means are rounded to float32
 ROUNDING_FACTOR = 1.2  # bfloat16 output error against that of rounding the exact output
-STATISTICS = (
-    nj.BatchNorm,
-    nj.LayerNorm,
-    nj.RMSNorm,
-    nj.GroupNorm,
-    nj.InstanceNorm,
-    nj.SpectralBatchNorm,
-)  # and subclasses
 
 
 def close(actual, desired, tolerance):
@@ -79,25 +70,33 @@ def replaced(tree, fields):
     """A tuple with `fields` in place of its own, or a dict of tuples with a dict of fields each."""
     if isinstance(tree, dict):
         return {name: replaced(part, fields[name]) for name, part in tree.items()}
-    return tree._replace(**{name: jnp.asarray(a) for name, a in fields.items()})
+    return tree._replace(**fields)
+
+
+def start(name, **changes):
+    """Method, parameters and first state (zero, if the file has none) of a vector file.
+
+    The method is the recorded one with `changes` to its fields, and those of its parts.
+    """
+    _, arrays = vector_files.load(name)
+    method, dtype = replace(vector_files.method(name), **changes), vector_files.dtype(name)
+    given, tracked = (vector_files.fields(name, prefix) for prefix in ("param_", "state_0_"))
+    features = np.shape(arrays.get("param_scale", np.empty(arrays["x_1"].shape[-1])))
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, dtype), shapes(method, features))
+    return method, replaced(zeros[0], given), replaced(zeros[1], tracked) if tracked else zeros[1]
 
 
 def check_vectors(name, **changes):
     """Three training steps, the gradients of the first and an evaluation, all as recorded.
 
-    The method is the recorded one with `changes` to its fields.
+    `changes`: those of `start`.
     """
     config, arrays = vector_files.load(name)
     dtype = vector_files.dtype(name)
-    method, tolerance = dataclasses.replace(vector_files.method(name), **changes), TOLERANCE[dtype]
+    tolerance = TOLERANCE[dtype]
     given, tracked = (vector_files.fields(name, prefix) for prefix in ("param_", "state_0_"))
     with jax.enable_x64(dtype == "float64"):
-        features = np.shape(arrays.get("param_scale", np.empty(arrays["x_1"].shape[-1])))
-        zeros = jax.tree.map(lambda a: np.zeros(a.shape, dtype), shapes(method, features))
-        params, state = replaced(zeros[0], given), zeros[1]
-        if tracked:
-            state = replaced(state, tracked)
-
+        method, params, state = start(name, **changes)
         for k in (1, 2, 3):
             x, cotangent = (jnp.asarray(arrays[key]) for key in (f"x_{k}", "cotangent"))
             y, state, (dparams, dx) = run(method, params, state, x, cotangent=cotangent)
@@ -113,7 +112,7 @@ def check_vectors(name, **changes):
                 chex.assert_trees_all_equal_structs(recorded, given)
                 close(dparams, replaced(dparams, recorded), tolerance)
         if "eps_at_inference" in config:
-            method = dataclasses.replace(method, epsilon=config["eps_at_inference"])
+            method = replace(method, epsilon=config["eps_at_inference"])
         y, _, _ = run(method, params, state, jnp.asarray(arrays["x_eval"]), train=not tracked)
         close(y, arrays["y_eval"], tolerance)
 
@@ -130,18 +129,15 @@ def check_oracle(method, features, x, *, mask=None, train=True, count=3.0, dtype
         y, new, pulled = run(method, params, state, x, train=train, mask=mask, cotangent=g)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
         chex.assert_type(y, dtype)
-        expected_y, expected_state = reference.apply(
-            method, params, state, x, train=train, mask=mask
-        )
+        expected_y, expected_state = oracles.apply(method, params, state, x, train=train, mask=mask)
         close(y, expected_y.astype(dtype), tolerance)
         close(new, jax.tree.map(lambda a: np.asarray(a, dtype), expected_state), tolerance)
         if g is None:
             return
         dparams, dx = pulled
         chex.assert_tree_all_finite((dparams, dx))
-        core = getattr(method, "method", method)
-        if isinstance(core, STATISTICS) and core.activation is None:
-            expected = reference.gradients(method, params, state, x, g, mask=mask)
+        if oracles.has_gradients(method):
+            expected = oracles.gradients(method, params, state, x, g, mask=mask)
             actual = (dx, *(field(dparams, name) for name in ("scale", "bias")))
             leaves = functools.partial(jax.tree.leaves, is_leaf=lambda a: a is None)
             for ours, theirs in zip(leaves(actual), leaves(expected), strict=True):
@@ -220,7 +216,7 @@ def check_rounding(method, features, x):
     x = np.asarray(x).astype("bfloat16")
     params, state = variables(method, features)
     y, _, _ = run(method, params, state, x)
-    exact, _ = reference.apply(method, params, state, x, train=True)
+    exact, _ = oracles.apply(method, params, state, x, train=True)
     error = np.abs(np.asarray(y).astype("float64") - exact)
     best = np.abs(exact.astype(y.dtype).astype("float64") - exact)
     assert error.max() <= ROUNDING_FACTOR * best.max(), (error.max(), best.max())

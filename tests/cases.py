@@ -17,10 +17,10 @@ class Case(Subject):
     tier: int = 1
 
 
-def prior(dtype, features):
+def prior(dtype, shape, axis=-1):
     """A prediction for a multiple of four features; its numbers are exact in every dtype."""
     mean, var = jnp.array([0.25, 0.5, 1.0, -0.25], dtype), jnp.array([1.0, 0.5, 2.0, 1.5], dtype)
-    mean, var = (jnp.tile(a, features // 4) for a in (mean, var))
+    mean, var = (jnp.tile(a, shape[axis] // 4) for a in (mean, var))
     return {"prior": nj.propagate.prediction(mean, var)}
 
 
@@ -35,12 +35,15 @@ CASES = {
     "BatchNorm, relu inside": variant(nj.BatchNorm(activation=jax.nn.relu), (16, 3, 3, 4)),
     "BatchNorm, debiased": variant(nj.BatchNorm(running_average="debiased"), (16, 4)),
     "BatchNorm, cumulative": variant(nj.BatchNorm(running_average="cumulative"), (16, 4)),
+    "BatchNorm, pooled": variant(nj.BatchNorm(running_average="pooled"), (16, 4)),
+    "BatchNorm, scheduled momentum": variant(
+        nj.BatchNorm(momentum=nj.Ramp(0.5, 0.9, 0, 2)), (16, 4)
+    ),
     "BatchNorm, unbiased, guarded": variant(
         nj.BatchNorm(unbiased_running_var=True, skip_nonfinite=True), (16, 4)
     ),
     "BatchRenorm": Case(nj.BatchRenorm(r_max=1.5, d_max=0.5), (16, 3, 3, 4)),
     "BatchRenorm, ramps": variant(nj.BatchRenorm(), (16, 4)),
-    "InputNorm": Case(nj.InputNorm(scale_init=jax.nn.initializers.constant(0.1)), (16, 3, 3, 3)),
     "LayerNorm": Case(nj.LayerNorm(), (16, 3, 6)),
     "LayerNorm, all axes": variant(
         nj.LayerNorm(reduction_axes=(1, 2), feature_axes=(1, 2)), (16, 3, 4)
@@ -55,6 +58,7 @@ CASES = {
     "GroupNorm, relu inside": variant(nj.GroupNorm(None, 2, activation=jax.nn.relu), (16, 3, 3, 4)),
     "InstanceNorm": Case(nj.InstanceNorm(), (16, 3, 3, 4)),
     "Affine": Case(nj.Affine(), (16, 4)),
+    "Derf": Case(nj.Derf(), (16, 4)),
     "DynamicTanh": Case(nj.DynamicTanh(), (16, 4)),
     "Ghost, 4 groups": variant(nj.Ghost(nj.BatchNorm(), groups=4), (16, 6, 4), drops_rows=False),
     "Ghost, 8 groups": variant(nj.Ghost(nj.BatchNorm(), groups=8), (16, 6, 4), drops_rows=False),
@@ -74,8 +78,8 @@ CASES = {
         nj.ExclusiveBatchNorm(8, running_average="debiased"), (16, 3, 3, 4), drops_rows=False
     ),
     "EvalNorm": Case(nj.EvalNorm(4), (16, 6, 4), drops_rows=False),
-    "GhostNoise": Case(nj.GhostNoise(12), (16, 3, 3, 4)),  # many enough to be counted
-    "GhostNoise, gathered": variant(nj.GhostNoise(2), (32, 3, 3, 4)),
+    "GhostNoise": Case(nj.GhostNoise(12), (16, 3, 3, 4)),
+    "GhostNoise, two samples": variant(nj.GhostNoise(2), (32, 3, 3, 4)),
     "GhostNoise, each channel": variant(
         nj.GhostNoise(4, independent_channels=True, axis=1), (16, 4, 3, 3)
     ),
@@ -125,19 +129,19 @@ CASES = {
     "KalmanNorm, learned gain, relu inside": variant(
         nj.KalmanNorm(gain="learned", gain_per="channel", activation=jax.nn.relu, axis=1),
         (16, 4, 3),
-        extra=prior,
+        extra=functools.partial(prior, axis=1),
     ),
     "KalmanNorm, computed gain": variant(
         nj.KalmanNorm(gain="computed", effective_size=8.0), (16, 3, 3, 4), extra=prior
     ),
     "KalmanNorm, groups, guarded": variant(
-        nj.KalmanNorm(gain=0.25, groups=8, guard=100, running_group="first", posterior="fused"),
+        nj.Ghost(nj.KalmanNorm(gain=0.25, guard=100), groups=8, running="first"),
         (16, 3, 3, 4),
         drops_rows=False,
         extra=prior,
     ),
     "KalmanNorm, groups of devices, computed gain": variant(
-        nj.KalmanNorm(gain="computed", gain_per="channel", groups=2),
+        nj.Ghost(nj.KalmanNorm(gain="computed", gain_per="channel"), groups=2),
         (16, 3, 3, 4),
         drops_rows=False,
         extra=prior,
@@ -145,7 +149,7 @@ CASES = {
     "KalmanNorm, learned transition": variant(
         nj.KalmanNorm(transition="learned", prior_features=4),
         (16, 3, 3, 5),
-        extra=lambda dtype, _: prior(dtype, 4),
+        extra=lambda dtype, _: prior(dtype, (4,)),
     ),
     "SpectralBatchNorm": Case(nj.SpectralBatchNorm(), (16, 3, 4, 4), **MAPS),
     "SpectralBatchNorm, half, public scaling": variant(
@@ -182,7 +186,7 @@ CASES = {
         **MAPS,
     ),
     "SpectralBatchNorm, behind BatchNorm": variant(
-        nj.SpatialSpectralBatchNorm(),
+        nj.chain(nj.BatchNorm(), nj.SpectralBatchNorm()),
         (16, 3, 4, 4),
         residual_bytes=2.1,
         roundings=2,

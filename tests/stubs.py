@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import pathlib
 import sys
+import typing
 
 import normjax
 from normjax import linen, nnx
@@ -18,6 +19,10 @@ import jax
 from flax import {front} as flax_{front}
 
 '''
+FRONT = """    def method_of(self) -> Any: ...
+    def unpack(self, x: Any) -> tuple[Any, Any]: ...
+    def evaluates(self, use_running_average: bool | None) -> bool: ...
+"""
 CALL = """    def __call__(
         self,
         x: jax.Array,
@@ -25,13 +30,15 @@ CALL = """    def __call__(
         *,
         mask: jax.Array | None = None,
         **inputs: Any,
-    ) -> {output}: ...
+    ) -> jax.Array: ...
 """
 
 
 def kind(field):
     """The annotation of a field as source text."""
-    text = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+    parts = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Union else ()
+    texts = [inspect.formatannotation(part) for part in parts or (field.type,)]
+    text = field.type if isinstance(field.type, str) else " | ".join(texts)
     for name in ("collections.abc.", "typing.", "jax._src.basearray.", "jaxlib._jax."):
         text = text.replace(name, "")
     text = text.replace("jax.Array", "Array").replace("Array", "jax.Array")
@@ -46,13 +53,16 @@ def default(field):
 def linen_class(name, cls):
     """Source text of one Linen module class."""
     own = [f for f in dataclasses.fields(cls) if f.name not in ("parent", "name")]
-    lines = [f"class {name}(flax_linen.Module):"]
-    lines += [f"    {f.name}: {kind(f)}{default(f)}" for f in own]
-    return "\n".join(lines) + "\n" + CALL.format(output="Any")
+    if cls is linen.Front:
+        return f"class Front(flax_linen.Module):\n{FRONT}{CALL}"
+    lines = [f"    {f.name}: {kind(f)}{default(f)}" for f in own]
+    return "\n".join([f"class {name}(Front):", *lines]) + "\n"
 
 
 def nnx_class(name, cls):
     """Source text of one NNX module class."""
+    if issubclass(cls, nnx.nnx.Variable):
+        return f"class {name}(flax_nnx.Intermediate[Any]): ...\n"
     if name == "Norm":
         head = ["method: Any", "num_features: int | tuple[int, ...]", "*"]
         tail = ["metadata: Mapping[str, Mapping[str, Any]] | None = None"]
@@ -75,7 +85,7 @@ def nnx_class(name, cls):
     lines += ["    def __init__(", "        self,"] + [f"        {a}," for a in arguments]
     lines += ["    ) -> None: ..."]
     if name == "Norm":
-        lines += [CALL.format(output="Any").rstrip()]
+        lines += [CALL.rstrip()]
         lines += ["    def set_view(self, use_running_average: bool | None = None) -> None: ..."]
         lines += ["    def __getattr__(self, name: str) -> Any: ..."]
     return "\n".join(lines) + "\n"
@@ -88,7 +98,7 @@ def stubs():
     for front, (module, write) in fronts.items():
         title = f"Every method as a Flax {'NNX' if front == 'nnx' else 'Linen'} module"
         abstract = "Callable, Mapping" if front == "nnx" else "Callable"
-        names = sorted(module.__all__, key=lambda name: (name != "Norm", name))
+        names = sorted(module.__all__, key=lambda name: (name not in ("Front", "Norm"), name))
         parts = [write(name, getattr(module, name)) for name in names]
         exported = "".join(f'    "{name}",\n' for name in module.__all__)
         text = HEAD.format(title=title, front=front, abstract=abstract) + "\n".join(parts)

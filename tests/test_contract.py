@@ -3,6 +3,7 @@
 import pytest
 from cases import CASES
 
+from normjax.core import compat
 from normjax.testing import CHECKS
 
 LONG = ("all devices",)
@@ -29,4 +30,6 @@ def rows():
 
 @pytest.mark.parametrize(("case", "check"), list(rows()))
 def test_contract(case, check):
+    if check == "memory" and (compat.PLAIN or not compat.HAS_PRIMITIVES):
+        pytest.skip("autodiff of the formulas keeps more than the rules of the passes do")
     CHECKS[check](case)

@@ -317,7 +317,7 @@ def test_checkpoints_of_flax_load_and_save(name, tmp_path):
 class Jitter:
     """A method of a user's own: scaled by a random factor in training, and by `gain`."""
 
-    random: ClassVar[bool] = True
+    traits: ClassVar[nj.Traits] = nj.Traits(random=True, inputs={"gain": "whole"})
 
     def init(self, key, features):
         return (), ()

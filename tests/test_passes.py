@@ -13,16 +13,17 @@ import pytest
 from jax import lax
 
 from normjax.core import passes
-from normjax.core.linear import Input, differentiated, plain_derivatives
-from normjax.methods.spectral import transforms as spectra
+from normjax.core.compat import plain_derivatives
+from normjax.core.linear import Input, differentiated
+from normjax.methods.spectral import spatial, transforms
 from normjax.testing import adjoint_gap, slope_gap
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
 SHAPE = (4, 3, 4, 2)
 MASK = np.random.default_rng(0).random(SHAPE) < 0.7
 SAMPLES = np.array([1, 0, 1, 1], bool).reshape(4, 1, 1, 1)
-LAYOUT = spectra.Layout(SHAPE, (0,), (1, 2), (3,))
-ODD = spectra.Layout((4, 2, 3, 2), (0,), (1, 2), (3,))
+LAYOUT = transforms.Layout(SHAPE, (0,), (1, 2), (3,))
+ODD = transforms.Layout((4, 2, 3, 2), (0,), (1, 2), (3,))
 
 
 def draw(seed, *shape):
@@ -43,19 +44,19 @@ def affine(activation, x, *small):
 
 def spatial_moments(half, mask, x):
     x, mask = passes.inputs("spatial moments", x, mask)
-    return spectra.spatial_moments(x, LAYOUT, half=half, mask=mask)[1:]
+    return spatial.moments(x, LAYOUT, half=half, mask=mask)[1:]
 
 
 def spatial_affine(half, activation, x, gain, constant):
-    return spectra.spatial_affine(x, gain, constant, LAYOUT, half=half, activation=activation)
+    return spatial.affine(x, gain, constant, LAYOUT, half=half, activation=activation)
 
 
 def transform(route, layout, x):
-    return spectra.forward(x, layout, route)
+    return transforms.forward(x, layout, route)
 
 
 def inverse(route, layout, spectrum):
-    return spectra.inverse(spectrum, layout, route, spectrum.dtype)
+    return transforms.inverse(spectrum, layout, route, spectrum.dtype)
 
 
 def spectrum(layout):
@@ -97,7 +98,7 @@ def cases():
             for masked, mask in ((False, None), (True, jnp.asarray(SAMPLES)))
         },
         "spatial moments, odd width": (
-            lambda x: spectra.spatial_moments(x, ODD, half=True)[1:],
+            lambda x: spatial.moments(x, ODD, half=True)[1:],
             draw(1, *ODD.shape),
         ),
         "spatial affine": (functools.partial(spatial_affine, False, None), x, small[0], constant),

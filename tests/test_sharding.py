@@ -33,8 +33,7 @@ METHODS = {
     "chain": nj.chain(nj.GroupNorm(2), nj.BatchNorm()),
 }
 RANDOM = {
-    "GhostNoise": nj.GhostNoise(32),  # many enough to be counted
-    "GhostNoise, gathered": nj.GhostNoise(4),
+    "GhostNoise": nj.GhostNoise(32),
     "GhostNoise, each channel": nj.GhostNoise(4, independent_channels=True),
     "GhostNoise, effective size": nj.GhostNoise(effective_size=6.5),
     "GhostNoise, partition": nj.GhostNoise(4, drawing="partition"),

@@ -19,24 +19,28 @@ PACKAGE = ROOT / "normjax"
 
 # A module may import only from the layers listed before its own; a folder stands for its files.
 LAYERS = [
-    ["core.activation", "core.structs", "core.sharding"],
-    ["core.checks", "core.cpu"],
-    ["core.linear", "core.tracing"],
+    ["core.structs", "core.compat"],
+    ["core.checks", "core.sharding"],
+    ["core.cpu", "core.method", "core.statistics"],
+    ["core.fields", "core.linear", "core.tracing"],
     ["core.groups", "core.roots"],
-    ["core.passes"],
-    ["core.sync", "core.running"],
+    ["core.passes", "core.running"],
+    ["core.seam"],
     ["core.__init__"],
+    ["propagate.borders", "propagate.moments"],
     ["propagate"],
+    ["propagate.__init__"],
     ["methods.spectral.transforms"],
+    ["methods.spectral.spatial", "methods.spectral.bands"],
+    ["methods.batch", "methods.layer", "methods.dynamic"],
     ["methods", "methods.spectral"],
-    ["methods.presets", "methods.kalman"],
     ["methods.__init__"],
     ["__init__"],
     ["testing.measure", "testing.subject"],
     ["linen", "nnx", "optim", "population", "folding", "interop", "testing"],
     ["testing.__init__"],
     ["training", "linen.carry"],
-    ["analysis.layers"],
+    ["analysis.layers", "analysis.figures"],
     ["analysis"],
     ["analysis.__init__"],
 ]
@@ -138,7 +142,7 @@ def test_imports_run_one_way():
         ("core/structs.py", "def f():\n    import optax"),
         ("core/checks.py", "from normjax.core import passes"),
         ("core/groups.py", "from .passes import moments"),
-        ("core/groups.py", "from . import sync"),
+        ("core/groups.py", "from . import running"),
         ("core/passes.py", "import normjax.methods.batch"),
         ("core/passes.py", "import normjax"),
         ("core/unheard.py", ""),
@@ -154,7 +158,7 @@ def test_imports_run_one_way():
     ],
 )
 def test_a_wrong_import_is_found(tmp_path, file, line):
-    layers = """core/structs core/checks core/passes core/groups core/sync core/__init__
+    layers = """core/structs core/checks core/passes core/groups core/running core/__init__
         methods/batch methods/row methods/__init__ __init__ linen nnx training testing"""
     for name in layers.split():
         path = tmp_path / f"{name}.py"
@@ -172,12 +176,10 @@ def test_import_normjax_brings_no_framework():
 
 
 def public_modules():
-    """The package, its front ends, and the modules of core that the package exports."""
+    """The package, its front ends and tools; of `propagate` and `testing` the package alone."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
-    names = {name for name in names if not re.match(r"normjax\.(core|methods|testing\.)", name)}
-    package = importlib.import_module("normjax")
-    things = [getattr(package, name) for name in package.__all__]
-    return sorted(names | {thing.__name__ for thing in things if inspect.ismodule(thing)})
+    hidden = re.compile(r"normjax\.(core|methods|(propagate|testing)\.)")
+    return sorted(name for name in names if not hidden.match(name))
 
 
 def public_objects():
@@ -237,7 +239,9 @@ def methods():
     import normjax
 
     things = [getattr(normjax, name) for name in normjax.__all__]
-    return [thing for thing in things if inspect.isclass(thing) and hasattr(thing, "apply")]
+    return [
+        thing for thing in things if dataclasses.is_dataclass(thing) and hasattr(thing, "apply")
+    ]
 
 
 @pytest.mark.parametrize("method", methods())
@@ -249,6 +253,22 @@ def test_method_names_its_paper_and_its_fields(method):
         if not re.search(rf"(?m)^\s+(\w+,\s+)*{field.name}(,\s+\w+)*:", method.__doc__)
     ]
     assert undocumented == []
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_field_has_a_rule(method):
+    assert [
+        field.name for field in dataclasses.fields(method) if "rule" not in field.metadata
+    ] == []
+
+
+def test_functions_fit_a_screen():
+    long = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+                long.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert long == []
 
 
 def test_package_is_finished_and_safe():
@@ -272,3 +292,9 @@ def test_wheel_holds_the_package_alone(tmp_path):
     expected = {str(p.relative_to(ROOT)) for kind in kinds for p in PACKAGE.rglob(kind)}
     assert files == expected
     assert {"normjax/py.typed", "normjax/linen/__init__.pyi", "normjax/nnx.pyi"} <= files
+
+
+def test_a_new_method_stands_in_six_files():
+    from tests.places import places
+
+    assert len(places("Derf")) <= 6

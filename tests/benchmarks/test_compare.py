@@ -158,6 +158,7 @@ def test_resumed_run_equals_uninterrupted(finished, tmp_path, monkeypatch, capsy
     assert (code, err) == (0, "")
     assert len(epochs) == 4
     assert "InstanceNorm in mlp: left out" in out
+    assert "InstanceNorm: Instance normalization: statistics of each" in " ".join(out.split())
     assert not (folder / "checkpoints").exists()
     ours, whole = load(folder), load(finished)
     for part in ("runs", "table"):
@@ -343,7 +344,13 @@ def test_folders_under_runs(tmp_path, monkeypatch):
 
 def test_statistics_batch():
     config = options.Config(
-        methods=("BatchNorm", "LayerNorm", "Ghost(BatchNorm(), groups=2)", "chain(BatchNorm())"),
+        methods=(
+            "BatchNorm",
+            "LayerNorm",
+            "Ghost(BatchNorm(), groups=2)",
+            "chain(BatchNorm())",
+            "KalmanNorm",
+        ),
         model=("mlp",),
         batch_size=64,
         statistics_batch=16,
@@ -354,8 +361,9 @@ def test_statistics_batch():
         "LayerNorm",
         "Ghost(BatchNorm(), groups=2)",
         "Ghost(chain(BatchNorm()), groups=4)",
+        "Ghost(KalmanNorm, groups=4)",
     ]
-    assert [arm.baseline for arm in arms] == [True, False, False, False]
+    assert [arm.baseline for arm in arms] == [True, False, False, False, False]
 
 
 def test_default_comparison():
@@ -365,8 +373,14 @@ def test_default_comparison():
         (model, method) for model in ("residual", "mlp") for method in config.methods
     ]
     left_out = [(arm.model, arm.method) for arm in arms if arm.network is None]
-    assert left_out == [("mlp", "InstanceNorm")]
+    assert left_out == [("mlp", "chain(BatchNorm, SpectralBatchNorm)")]
     assert [arm.method for arm in arms if arm.baseline] == ["BatchNorm", "BatchNorm"]
+
+
+def test_what_kalman_norms_hand_on():
+    argv = ["--model", "mlp", "--methods", "KalmanNorm LayerNorm", "--posterior", "fused"]
+    _, arms = compare.prepare(options.Config(**options.read(argv)), {})
+    assert [arm.network.posterior for arm in arms] == ["fused", None]
 
 
 def test_help(capsys):

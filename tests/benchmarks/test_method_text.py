@@ -23,6 +23,10 @@ from benchmarks import methods
         ("Affine(scale_init=zeros)", nj.Affine(scale_init=jax.nn.initializers.zeros)),
         ("GroupNorm(num_groups=4)", nj.GroupNorm(num_groups=4)),
         ("Ghost(BatchNorm(), groups=4)", nj.Ghost(method=nj.BatchNorm(), groups=4)),
+        (
+            "Ghost(KalmanNorm(gain=0.1, guard=100), groups=64, running='first')",
+            nj.Ghost(nj.KalmanNorm(gain=0.1, guard=100), groups=64, running="first"),
+        ),
         ("Ghost(method=BatchNorm, groups=4)", nj.Ghost(method=nj.BatchNorm(), groups=4)),
         ("chain(LayerNorm(), Affine)", nj.chain(nj.LayerNorm(), nj.Affine())),
         ("Chain(methods=(RMSNorm(), Affine()))", nj.chain(nj.RMSNorm(), nj.Affine())),
@@ -57,8 +61,8 @@ def test_parse(text, method):
         ("Ghost(BatchNorm(), groups=0)", "Ghost: groups=0 is not a positive integer"),
         ("Ghost(groups=4)", "method"),
         ("Ghost(4, groups=4)", "Ghost: method=4 is not a method"),
-        ("chain()", "chain: needs at least one method"),
-        ("chain(LayerNorm(), 3)", "chain"),
+        ("chain()", "Chain: methods=\\(\\) needs at least one method"),
+        ("chain(LayerNorm(), 3)", "Chain: method=3 is not a method"),
         ("BatchNorm(**{'momentum': 0.9})", "BatchNorm has no field"),
         ("BatchNorm(*(1, 2))", "is no method, number"),
         ("BatchNorm(momentum={1: 2})", "is no method, number"),
@@ -116,5 +120,12 @@ def test_every_public_method_is_known():
     assert {"Running", "Moments", "Ramp"}.isdisjoint(methods.METHODS)
 
 
+def test_about_is_a_line_for_each_link():
+    one, other = nj.LayerNorm(), nj.Ghost(nj.BatchNorm(), groups=2)
+    both = methods.about(nj.chain(one, other))
+    assert both == f"{methods.about(one)} Then: {methods.about(other)}"
+    assert both.startswith("Layer normalization") and "equal parts of the batch" in both
+
+
 def test_examples():
-    assert doctest.testmod(methods) == (0, 2)
+    assert doctest.testmod(methods) == (0, 3)

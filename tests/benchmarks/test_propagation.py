@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from PIL import Image
 
 import normjax as nj
 from benchmarks import models, propagation
-from normjax.linen import Norm
 from normjax.linen.carry import carry
 
 
@@ -139,29 +137,64 @@ def test_predictions_of_the_residual_network_are_of_the_right_size():
         assert 0.7 < ratio < 1.4, (name, ratio)
 
 
+def priors_by_hand(params, size, depth):
+    """Of the norms of the residual network, for standardized pixels, from its parameters alone."""
+    priors = {}
+
+    def normalize(moments):
+        name = f"norm_{len(priors) + 1}"
+        priors[name] = moments
+        scale, bias = params[name]["scale"], params[name]["bias"]
+        return nj.propagate.relu(nj.propagate.prediction(bias, scale**2))
+
+    def through(moments, name, size, stride=1):
+        kernel = params[name]["kernel"]
+        return nj.propagate.conv(moments, kernel, size=(size, size), strides=stride)
+
+    skip = through(nj.propagate.prediction(jnp.zeros(3), jnp.ones(3)), "stem", size)
+    for stage in range(3):
+        for block in range(depth):
+            name, stride = f"stage_{stage}_block_{block}", 2 if stage and not block else 1
+            y = normalize(skip)
+            if stride > 1:
+                skip = through(y, f"{name}_shortcut", size, stride)
+            y = through(y, f"{name}_conv_1", size, stride)
+            size //= stride
+            y = through(normalize(y), f"{name}_conv_2", size)
+            skip = nj.propagate.add(skip, y)
+    normalize(skip)
+    return priors | {"norm_1": None}
+
+
+@pytest.mark.slow
 def test_carried_and_passed_by_hand():
-    """The same residual network by `carry`: strides, stages and sums give the same priors."""
-    x, passed = draw(4, 16, 16, 3), {}
-    method = nj.KalmanNorm(gain=0.5)
-    by_hand = models.build("residual", method, classes=3, width=4, depth=2)
-    carried = models.Residual(functools.partial(Norm, method=method), 3, width=4, depth=2)
-    variables = by_hand.init(jax.random.key(1), x, train=False)
+    """Strides, stages and sums of the residual network give the priors that they should."""
+    x = draw(4, 16, 16, 3)
+    network = models.build("residual", nj.KalmanNorm(gain=0.5), classes=3, width=4, depth=2)
+    variables = network.init(jax.random.key(1), x, train=False)
+    with carry() as known:
+        network.apply(variables, x, train=True, mutable=["batch_stats"])
+    wanted = priors_by_hand(variables["params"], 16, 2)
+    assert len(wanted) == 13
+    chex.assert_trees_all_close(known.priors, wanted, rtol=1e-5)
 
-    def look(call, args, kwargs, context):
-        if isinstance(context.module, Norm) and context.method_name == "__call__":
-            passed[context.module.name] = kwargs["prior"]
-        return call(*args, **kwargs)
 
-    with nn.intercept_methods(look):
-        by_hand.apply(variables, x, train=True, mutable=["batch_stats"])
-    pixels = nj.propagate.prediction(jnp.zeros(3), jnp.ones(3))
-    with carry(x=(x, pixels)) as known:
-        y, _ = carried.apply(variables, x, train=True, mutable=["batch_stats"])
-    assert y.shape == (4, 3) and len(known.priors) == 13
-    assert passed.pop("norm_1") is None and known.priors.pop("norm_1") is not None
-    chex.assert_trees_all_close(known.priors, passed, rtol=1e-6)
+def test_groups_and_what_is_handed_on_change_the_network():
+    x = draw(8, 8, 8, 1)
+    build = functools.partial(models.build, "mlp", classes=3)
+    plain = nj.KalmanNorm(gain=0.5, momentum=0.0)
+    networks = (build(plain), build(nj.Ghost(plain, 2)), build(plain, posterior="fused"))
+    variables = init(networks[0], x)
+    whole, parts, fused = (statistics(net, variables, x)["norm_2"]["var"] for net in networks)
+    assert not np.allclose(whole, parts, rtol=0.01)
+    assert not np.allclose(whole, fused, rtol=0.01)
 
 
 def test_kalman_norms_in_the_last_layers_alone():
     with pytest.raises(ValueError, match="early"):
         models.build("mlp", nj.KalmanNorm(), classes=3, early=nj.BatchNorm())
+
+
+def test_kalman_norms_inside_of_what_hands_nothing_on():
+    with pytest.raises(ValueError, match="Chain: it hands on no moments"):
+        models.build("mlp", nj.chain(nj.KalmanNorm(), nj.Affine()), classes=3)

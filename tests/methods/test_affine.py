@@ -99,7 +99,7 @@ class DynamicTanhTest(parameterized.TestCase):
     def test_initial_values(self):
         params, state = nj.DynamicTanh(alpha_init=0.25, param_dtype=jnp.bfloat16).init(KEY, 3)
         close(params.alpha.astype("float32"), np.float32(0.25), 0)
-        chex.assert_type(list(params), "bfloat16")
+        chex.assert_type(jax.tree.leaves(params), "bfloat16")
         self.assertEqual(state, ())
 
     def test_saturates(self):

@@ -88,7 +88,7 @@ class ChainTest(parameterized.TestCase):
         agreement.check_rejects(self, pieces, apply, params, state, x, train=True, mask=mask)
 
     def test_rejects_methods(self):
-        agreement.check_rejects(self, ("chain", "method"), nj.chain)
-        pieces = ("chain", "is not a method")
+        agreement.check_rejects(self, ("Chain", "method"), nj.chain)
+        pieces = ("Chain", "is not a method")
         agreement.check_rejects(self, pieces, nj.chain, nj.BatchNorm(), jax.nn.relu)
         agreement.check_rejects(self, (*pieces, "BatchNorm"), nj.chain, nj.BatchNorm)

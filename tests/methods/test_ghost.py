@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
-import reference
 import vector_files
 from absl.testing import parameterized
 from agreement import TOLERANCE, close, draw, ragged, run, variables
@@ -128,7 +128,7 @@ class GhostTest(parameterized.TestCase):
         x = (1e4 + draw(0, 4, 256, 3)).astype("float32")
         params, state = method.init(KEY, 3)
         _, new, _ = run(method, params, state, x)
-        _, expected = reference.apply(method, params, state, x, train=True)
+        _, expected = oracles.apply(method, params, state, x, train=True)
         np.testing.assert_allclose(new.var, expected.var, rtol=agreement.OFFSET_TOLERANCE)
 
     @parameterized.parameters(

@@ -8,10 +8,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import reference
 import vector_files
 from absl.testing import parameterized
 from agreement import TOLERANCE, close, draw, ragged, run, variables
+from methods import ghost_noise_oracle
 from scipy import stats
 
 import normjax as nj
@@ -205,13 +205,11 @@ class NoiseTest(parameterized.TestCase):
                     close(dx, arrays["grad_x"], TOLERANCE["float64"])
 
     @parameterized.parameters(1, 2, 16, 40)
-    def test_product_with_counts_equals_gathering(self, size):
+    def test_sums_of_draws(self, size):
         table = draw(0, 24, 3, 5)
         indices = np.random.default_rng(1).integers(0, 24, (24, size)).astype("int32")
-        ways = lambda *a: [noise.resampled(*a, count=count) for count in (True, False)]
-        both = jax.jit(ways)(table, indices)
-        close(both[0], both[1], 1e-4)
-        close(both[1], table[indices].sum(1), 1e-4)
+        sums = lambda table, indices: noise.ghost_sums(table, lambda k: indices[:, k], size)
+        close(jax.jit(sums)(table, indices), table[indices].sum(1), 1e-4)
 
     def test_equal_samples_have_no_noise(self):
         x = np.broadcast_to(draw(0, 1, 4, 3), (8, 4, 3))
@@ -385,5 +383,31 @@ class NoiseTest(parameterized.TestCase):
         x, method = draw(0, 6, 4, 3), nj.GhostNoise(4)
         indices = lambda key, roster: noise.draw_indices(key, roster.rank, roster, 4)
         ghosts = drawn(indices, samples=6)
-        shift, scale = reference.ghost_noise(method, x, ghosts)
+        shift, scale = ghost_noise_oracle.ghost_noise(method, x, ghosts)
         close(noisy(method, x), ((x - shift) / scale).astype("float32"), TOLERANCE["float32"])
+
+    @parameterized.parameters(*NOISES)
+    def test_oracle_of_vectors(self, name):
+        _, arrays = vector_files.load(name)
+        method, atol = vector_files.method(name), TOLERANCE[vector_files.dtype(name)]
+        for step in (1, 2, 3):
+            x, samples = arrays[f"x_{step}"], len(arrays["x_1"])
+            ghosts = arrays.get(f"draw_{step}_randint")
+            if ghosts is None:
+                order = arrays.get(f"draw_{step}_randperm", np.arange(samples))
+                size = method.ghost_batch_size
+                ghosts = np.repeat(order.reshape(-1, size), size, axis=0)
+            shift, scale = ghost_noise_oracle.ghost_noise(method, x, ghosts)
+            close((x - shift) / scale, arrays[f"y_{step}"], atol)
+            if step == 1:
+                close(arrays["cotangent"] / scale, arrays["grad_x"], atol)
+
+    @parameterized.parameters(*vector_files.names("noisy_affine"))
+    def test_oracle_of_analytic_vectors(self, name):
+        _, arrays = vector_files.load(name)
+        method = vector_files.method(name)
+        for step in (1, 2, 3):
+            x, none = arrays[f"x_{step}"], np.nan
+            normal, chi2 = (arrays.get(f"draw_{step}_{a}", none) for a in ("randn", "chi2"))
+            shift, scale = ghost_noise_oracle.analytic_noise(method, x, normal, chi2)
+            close((x - shift) / scale, arrays[f"y_{step}"], TOLERANCE["float64"])

@@ -8,8 +8,8 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
-import reference
 import vector_files
 from absl.testing import parameterized
 from agreement import OFFSET_TOLERANCE, TOLERANCE, close, draw, ragged, run, variables
@@ -147,7 +147,7 @@ class RMSNormTest(parameterized.TestCase):
         method, x = nj.RMSNorm(dtype=jnp.float32), jnp.asarray(100 + draw(0, 4, 512), "bfloat16")
         params, state = method.init(KEY, 512)
         y, _, _ = run(method, params, state, x)
-        exact, _ = reference.apply(method, params, state, x, train=True)
+        exact, _ = oracles.apply(method, params, state, x, train=True)
         np.testing.assert_allclose(y, exact, rtol=OFFSET_TOLERANCE)
 
     @parameterized.parameters(*BAD_INPUT)
