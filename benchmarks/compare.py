@@ -36,6 +36,7 @@ from rich.progress import (
 
 import normjax as nj
 from benchmarks import data, machine, methods, models, options, recipe, report, training
+from normjax.core.method import parts, traits
 
 SAVE_SECONDS = 10.0  # between checkpoints; one takes about 0.05 s
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint numpy scipy scikit-learn matplotlib pillow"
@@ -165,15 +166,14 @@ def _arm(model, text, groups, config, inputs, classes):
         note = "the layers are [N, C], without positions to normalize over"
         return Arm(model, text, text, note=note)
     layer, early = text, nj.BatchNorm() if config.placement == "deep" else None
-    of_batch = getattr(method, "depends_on_train", True)
-    if groups > 1 and of_batch and not isinstance(method, nj.Ghost):
+    if groups > 1 and traits(method).trains and not isinstance(method, nj.Ghost):
         layer = f"Ghost({text}, groups={groups})"
     if groups > 1 and early is not None:
         early = nj.Ghost(early, groups=groups)
     try:
         method = methods.parse(layer)
-        how = {"classes": classes, "width": config.width, "depth": config.depth, "early": early}
-        network = models.build(model, method, **how)
+        how = {"width": config.width, "depth": config.depth, "posterior": config.posterior}
+        network = models.build(model, method, classes=classes, early=early, **how)
         params = training.shapes(network, inputs, config.batch_size)
     except (ValueError, TypeError, NameError) as error:
         raise ValueError(f"--methods {text} in --model {model}: {error}") from None
@@ -246,6 +246,7 @@ def run(
         "ms/step: of one seed, without compilation."
     ]
     notes += [f"{arm.method} in {arm.model}: left out; {arm.note}." for arm in arms if arm.note]
+    notes += [f"{text}: {methods.about(methods.parse(text))}" for text in config.methods]
     report.show(table, console, "\n".join(notes))
     if config.recipe:
         report.show_paired(results["paired"], console)
@@ -370,9 +371,8 @@ def _finite(curves):
 
 
 def _needs_positions(method):
-    inside = [*getattr(method, "methods", ()), getattr(method, "method", None)]
     positions = isinstance(method, nj.InstanceNorm | nj.SpectralBatchNorm)
-    return positions or any(_needs_positions(m) for m in inside if m)
+    return positions or any(map(_needs_positions, parts(method)))
 
 
 def _next_free(name):

@@ -28,7 +28,7 @@ import normjax as nj
 from benchmarks import bandwidth, machine, methods, resnet, tables
 from benchmarks.budget import Budget
 from benchmarks.options import whole
-from normjax.core import checks
+from normjax.core.method import feature_sizes, traits
 
 SHARES = {"check": 2, "bandwidth": 5, "network": 4}  # of the time, by part
 DTYPES = ("bfloat16", "float32")
@@ -43,6 +43,7 @@ SHAPES = {
 CASES = {
     "Affine": ("rows",),
     "DynamicTanh": ("rows",),
+    "Derf": ("rows",),
     "LayerNorm": ("rows", "images, masked"),
     "LayerNorm(activation=gelu)": ("rows",),
     "LayerNorm(reduction_axes=(1, 2, 3))": ("images",),
@@ -54,7 +55,6 @@ CASES = {
     "BatchNorm(axis=1, activation=relu)": ("channels first",),
     "BatchNorm(running_average='debiased', unbiased_running_var=True)": ("images",),
     "BatchRenorm(r_max=1.5, d_max=0.5)": ("images",),
-    "InputNorm": ("images",),
     "Ghost(BatchNorm(), groups=4)": ("images",),
     "GhostBatchNorm(ghost_batch_size=4)": ("images",),
     "ExclusiveBatchNorm": ("images",),
@@ -71,14 +71,14 @@ CASES = {
     "SpectralBatchNorm(statistics='ring', bands=3)": ("images",),
     "SpectralBatchNorm(statistics='frequency', map_size=(8, 8))": ("images",),
     "SpectralBatchNorm(statistics='frequency', map_size=(8, 8), route='fft')": ("images",),
-    "SpatialSpectralBatchNorm": ("images",),
+    "chain(BatchNorm(), SpectralBatchNorm())": ("images",),
     "chain(LayerNorm(), Affine(), RMSNorm())": ("rows",),
     "chain(BatchNorm(), GhostNoise(ghost_batch_size=4), Affine())": ("images",),
 }
 # Of the largest value, beyond one rounding to half precision of what comes back; and as many units
 # of half precision more where maps or spectra in between are rounded to it.
 TOLERANCE = 2e-5
-UNITS = {"chain": 3, "SpatialSpectralBatchNorm": 3, "SpectralBatchNorm(statistics=": 1}
+UNITS = {"chain": 3, "SpectralBatchNorm(statistics=": 1}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -256,9 +256,7 @@ def _step(method):
 
         def output(params, x):
             y, new = method.apply(params, given["state"], x, train=True, **more)
-            y, moments = y if checks.returns_posterior(method) else (y, ())
-            y = jnp.where(given["mask"], y, 0) if "mask" in given else y
-            return y, (new, moments)
+            return jnp.where(given["mask"], y, 0) if "mask" in given else y, new
 
         y, pullback, new = jax.vjp(output, given["params"], given["x"], has_aux=True)
         params, x = pullback(given["g"])
@@ -273,8 +271,7 @@ def _inputs(method, kind, shape, dtype):
     NumPy arrays but for the key; all numbers are those of `dtype`, or of float32.
     """
     draw = np.random.default_rng(0)
-    at = checks.feature_axes(method)
-    features = tuple(shape[i] for i in at) if isinstance(at, tuple) else shape[at]
+    features = feature_sizes(method, shape)
     with jax.default_device(jax.devices("cpu")[0]):
         params, state = jax.tree.map(np.asarray, method.init(jax.random.key(0), features))
         noisy = lambda a: (a + 0.3 * draw.standard_normal(a.shape)).astype(a.dtype)
@@ -286,9 +283,9 @@ def _inputs(method, kind, shape, dtype):
         }
         if kind.endswith("masked"):
             given["mask"] = (draw.random(shape[0]) < 0.7).reshape(-1, *(1,) * (len(shape) - 1))
-        if checks.is_random(method):
+        if traits(method).random:
             given["key"] = jax.random.key(7)
-        if checks.returns_posterior(method):
+        if "prior" in traits(method).inputs:
             mean, var = draw.standard_normal(features), draw.uniform(0.5, 2, features)
             prior = nj.propagate.prediction(*(jnp.asarray(a, jnp.float32) for a in (mean, var)))
             given["prior"] = jax.tree.map(np.asarray, prior)

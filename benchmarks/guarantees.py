@@ -5,13 +5,14 @@ simulated on the CPU.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks import machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = [sys.executable, "-m", "benchmarks.guarantees", *sys.argv[1:]]
         os.execve(sys.executable, arguments, environment)
     results = run()
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "guarantees.json").write_text(json.dumps(results, indent=1) + "\n")
+    machine.write(results, options.output / "guarantees.json")
     show(results["rows"])
     print(f"Written to {options.output}/guarantees.json")
     return 0
@@ -37,10 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> dict[str, Any]:
     """All rows with the machine and the versions."""
-    import flax
-    import jax
-
-    from benchmarks.machine import describe
 
     rows = []
     for measurement in MEASUREMENTS:
@@ -48,9 +44,7 @@ def run() -> dict[str, Any]:
         flax_value, ours = measurement()
         rows.append({"case": text, "measure": unit, "flax": flax_value, "normjax": ours})
     return {
-        "command": "python -m benchmarks.guarantees",
-        "machine": describe(),
-        "versions": {"jax": jax.__version__, "flax": flax.__version__},
+        **machine.heading("guarantees", "flax"),
         "rows": rows,
     }
 
@@ -64,11 +58,11 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     for name in ("case", "measure", "flax", "normjax"):
         table.add_column(name, justify="right" if name in ("flax", "normjax") else "left")
     for row in rows:
-        table.add_row(row["case"], row["measure"], _text(row["flax"]), _text(row["normjax"]))
+        table.add_row(row["case"], row["measure"], text(row["flax"]), text(row["normjax"]))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def _text(value):
+def text(value):
     if isinstance(value, str):
         return value
     return "NaN" if value is None else f"{value:.2g}"

@@ -1,14 +1,19 @@
-"""What a benchmark ran on."""
+"""What a benchmark ran on, and the file of its results."""
 
+import importlib.metadata
+import json
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
-
-import jax
+from typing import Any
 
 
 def describe() -> dict[str, str | int]:
     """Platform, processor, cores and accelerator, as results record them."""
+    import jax  # here, so that a benchmark can set its environment first
+
     device = jax.devices()[0]
     kind = device.device_kind if device.platform != "cpu" else processor()
     return {
@@ -19,6 +24,21 @@ def describe() -> dict[str, str | int]:
         "backend": device.platform,
         "device": kind,
     }
+
+
+def heading(benchmark: str, *packages: str) -> dict[str, Any]:
+    """Command, machine and versions (of jax and `packages`), with which results begin."""
+    return {
+        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+        "machine": describe(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", *packages)},
+    }
+
+
+def write(results: dict[str, Any], file: Path, indent: int | None = 1) -> None:
+    """Writes the results as JSON, in a folder that is made if there is none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=indent) + "\n")
 
 
 def processor() -> str:

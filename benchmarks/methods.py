@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -71,6 +72,18 @@ def parse(text: str) -> Any:
     if not is_method(method):
         raise ValueError(f"{text!r} is not a method; methods are {', '.join(METHODS)}")
     return method
+
+
+def about(method: Any) -> str:
+    """What `method` is, in a line.
+
+    Example:
+      >>> about(nj.BatchNorm())
+      'Batch normalization: `(x - mean) / sqrt(var + epsilon) * scale + bias` over the batch.'
+    """
+    if isinstance(method, nj.Chain):
+        return " Then: ".join(map(about, method.methods))
+    return (inspect.getdoc(type(method)) or "").partition("\n")[0]
 
 
 def _tree(text):

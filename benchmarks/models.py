@@ -1,9 +1,9 @@
 """Small networks that take their normalization from a factory."""
 
-import dataclasses
+import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -11,8 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax import KalmanNorm, propagate
+from normjax.core.method import replace, traits
 from normjax.linen import Norm
-from normjax.linen.carry import add, pointwise
+from normjax.linen.carry import add, carry
+
+Posterior = Literal["output", "fused"]
 
 
 def conv_by_patches(x, kernel, strides, padding, **_):
@@ -47,13 +50,20 @@ def conv(features: int, size: int, stride: int, name: str) -> nn.Conv:
     )
 
 
+def carrying(posterior: Posterior | None, x: jax.Array) -> contextlib.AbstractContextManager[Any]:
+    """`carry` with the moments of standardized pixels `x`; None: nothing is carried."""
+    if posterior is None:
+        return contextlib.nullcontext()
+    pixels = propagate.prediction(jnp.zeros(x.shape[-1]), jnp.ones(x.shape[-1]))
+    return carry([(x, pixels)], posterior=posterior)
+
+
 class Residual(nn.Module):
     """Residual network of pre-activation basic blocks, https://arxiv.org/abs/1603.05027.
 
     A stage halves the resolution and doubles the channels of the one before. Images under 16
     pixels have two stages, others three. Every block sows what its branch adds and the sum, under
-    its name and "/branch" and "/sum". Inside `normjax.linen.carry.carry` Kalman norms get their
-    priors by themselves; `KalmanResidual` passes them on by hand.
+    its name and "/branch" and "/sum". Of Kalman norms the first has no prior.
 
     Attributes:
       norm: makes a normalization.
@@ -61,6 +71,7 @@ class Residual(nn.Module):
       width: channels of the first stage.
       depth: blocks of each stage.
       early: makes the normalizations of maps larger than those of the last stage; None: `norm`.
+      posterior: for Kalman norms, with their ReLU inside: what they hand on, see `carry`.
     """
 
     norm: Callable[..., nn.Module]
@@ -68,6 +79,7 @@ class Residual(nn.Module):
     width: int = 16
     depth: int = 1
     early: Callable[..., nn.Module] | None = None
+    posterior: Posterior | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -78,80 +90,30 @@ class Residual(nn.Module):
             nonlocal layer
             layer += 1
             norm = self.norm if x.shape[1] <= last or self.early is None else self.early
-            y = norm(name=f"norm_{layer}")(x, use_running_average=not train)
-            return pointwise(nn.relu, y)
+            norm = norm(name=f"norm_{layer}")
+            if self.posterior is None:
+                return nn.relu(norm(x, use_running_average=not train))
+            prior = {"prior": None} if layer == 1 else {}
+            return norm(x, use_running_average=not train, **prior)
 
         stages = 2 if x.shape[1] < 16 else 3
         last = -(-x.shape[1] // 2 ** (stages - 1))  # size of the maps of the last stage
-        x = conv(self.width, 3, 1, "stem")(x)
-        for stage in range(stages):
-            for block in range(self.depth):
-                features = self.width * 2**stage
-                stride = 2 if stage and not block else 1
-                name = f"stage_{stage}_block_{block}"
-                y = normalize(x)
-                if stride > 1:
-                    x = conv(features, 1, stride, f"{name}_shortcut")(y)
-                y = conv(features, 3, stride, f"{name}_conv_1")(y)
-                y = conv(features, 3, 1, f"{name}_conv_2")(normalize(y))
-                x = add(x, y)
-                self.sow("intermediates", f"{name}/branch", y)
-                self.sow("intermediates", f"{name}/sum", x)
-        return nn.Dense(self.classes, name="head")(normalize(x).mean((1, 2)))
-
-
-class KalmanResidual(nn.Module):
-    """`Residual` with Kalman norms: every layer passes on its output and the moments of it.
-
-    The first norm has no prior. The skip connection starts with the moments of standardized pixels
-    behind the stem; where a block keeps the shape, they are added to those of its branch.
-
-    Attributes:
-      method: a `KalmanNorm`; its ReLU is taken inside.
-      classes: number of classes.
-      width: channels of the first stage.
-      depth: blocks of each stage.
-    """
-
-    method: KalmanNorm
-    classes: int
-    width: int = 16
-    depth: int = 1
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Logits f32[N, classes] of images f32[N, H, W, C] with mean 0 and variance 1."""
-        method, layer = dataclasses.replace(self.method, activation=nn.relu), 0
-
-        def through(x, moments, features, size, stride, name):
-            module = conv(features, size, stride, name)
-            y = module(x)
-            kernel = module.variables["params"]["kernel"]
-            return y, propagate.conv(moments, kernel, size=x.shape[1:3], strides=stride)
-
-        def normalize(x, moments):
-            nonlocal layer
-            layer += 1
-            norm = Norm(method, name=f"norm_{layer}")
-            return norm(x, use_running_average=not train, prior=moments if layer > 1 else None)
-
-        stages, channels = 2 if x.shape[1] < 16 else 3, x.shape[-1]
-        pixels = propagate.prediction(jnp.zeros(channels), jnp.ones(channels))
-        x, skip = through(x, pixels, self.width, 3, 1, "stem")
-        for stage in range(stages):
-            for block in range(self.depth):
-                features = self.width * 2**stage
-                stride = 2 if stage and not block else 1
-                name = f"stage_{stage}_block_{block}"
-                y, moments = normalize(x, skip)
-                if stride > 1:
-                    x, skip = through(y, moments, features, 1, stride, f"{name}_shortcut")
-                y, moments = through(y, moments, features, 3, stride, f"{name}_conv_1")
-                y, moments = normalize(y, moments)
-                y, moments = through(y, moments, features, 3, 1, f"{name}_conv_2")
-                x, skip = x + y, propagate.add(skip, moments)
-        y, _ = normalize(x, skip)
-        return nn.Dense(self.classes, name="head")(y.mean((1, 2)))
+        with carrying(self.posterior, x):
+            x = conv(self.width, 3, 1, "stem")(x)
+            for stage in range(stages):
+                for block in range(self.depth):
+                    features = self.width * 2**stage
+                    stride = 2 if stage and not block else 1
+                    name = f"stage_{stage}_block_{block}"
+                    y = normalize(x)
+                    if stride > 1:
+                        x = conv(features, 1, stride, f"{name}_shortcut")(y)
+                    y = conv(features, 3, stride, f"{name}_conv_1")(y)
+                    y = conv(features, 3, 1, f"{name}_conv_2")(normalize(y))
+                    x = add(x, y)
+                    self.sow("intermediates", f"{name}/branch", y)
+                    self.sow("intermediates", f"{name}/sum", x)
+            return nn.Dense(self.classes, name="head")(normalize(x).mean((1, 2)))
 
 
 class MLP(nn.Module):
@@ -161,49 +123,26 @@ class MLP(nn.Module):
       norm: makes a normalization.
       classes: number of classes.
       early: makes the normalizations of all layers but the last; None: `norm`.
+      posterior: for Kalman norms, with their ReLU inside: what they hand on, see `carry`.
     """
 
     norm: Callable[..., nn.Module]
     classes: int
     early: Callable[..., nn.Module] | None = None
+    posterior: Posterior | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Logits f32[N, classes] of images f32[N, H, W, C]."""
-        x = x.reshape(x.shape[0], -1)
         init = nn.initializers.he_normal()
-        for layer in range(1, 4):
-            x = nn.Dense(128, use_bias=False, kernel_init=init, name=f"dense_{layer}")(x)
-            norm = self.norm if layer == 3 or self.early is None else self.early
-            x = nn.relu(norm(name=f"norm_{layer}")(x, use_running_average=not train))
-        return nn.Dense(self.classes, name="head")(x)
-
-
-class KalmanMLP(nn.Module):
-    """`MLP` with Kalman norms; the first has no prior.
-
-    Attributes:
-      method: a `KalmanNorm`; its ReLU is taken inside.
-      classes: number of classes.
-    """
-
-    method: KalmanNorm
-    classes: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Logits f32[N, classes] of images f32[N, H, W, C]."""
-        method = dataclasses.replace(self.method, activation=nn.relu)
-        x, moments = x.reshape(x.shape[0], -1), None
-        for layer in range(1, 4):
-            init = nn.initializers.he_normal()
-            dense = nn.Dense(128, use_bias=False, kernel_init=init, name=f"dense_{layer}")
-            x = dense(x)
-            if moments is not None:
-                moments = propagate.dense(moments, dense.variables["params"]["kernel"])
-            norm = Norm(method, name=f"norm_{layer}")
-            x, moments = norm(x, use_running_average=not train, prior=moments)
-        return nn.Dense(self.classes, name="head")(x)
+        with carrying(self.posterior, x):
+            x = x.reshape(x.shape[0], -1)
+            for layer in range(1, 4):
+                x = nn.Dense(128, use_bias=False, kernel_init=init, name=f"dense_{layer}")(x)
+                norm = self.norm if layer == 3 or self.early is None else self.early
+                x = norm(name=f"norm_{layer}")(x, use_running_average=not train)
+                x = nn.relu(x) if self.posterior is None else x
+            return nn.Dense(self.classes, name="head")(x)
 
 
 MODELS = ("residual", "mlp")
@@ -218,6 +157,7 @@ def build(
     width: int = 16,
     depth: int = 1,
     early: Any = None,
+    posterior: Posterior = "output",
 ) -> nn.Module:
     """The network `model` with `method` as each of its normalizations.
 
@@ -229,18 +169,20 @@ def build(
       depth: blocks of each of its stages.
       early: a method for all layers before the last one (mlp) or those whose maps are larger than
         in the last stage (residual); None: `method`.
+      posterior: what Kalman norms hand on, see `carry`.
 
     Raises:
-      ValueError: for Kalman norms in the last layers alone: their priors come from early ones.
+      ValueError: for Kalman norms in the last layers alone: their priors come from early ones; or
+        inside of a method that hands no moments on.
     """
-    if isinstance(method, KalmanNorm):
-        if early is not None:
-            raise ValueError("KalmanNorm: no other method can be in the early layers.")
-        if model == "mlp":
-            return KalmanMLP(method, classes)
-        return KalmanResidual(method, classes, width, depth)
-    norm = partial(Norm, method=method)
+    kalman = "prior" in traits(method).inputs
+    if kalman and early is not None:
+        raise ValueError("KalmanNorm: no other method can be in the early layers.")
+    if kalman and not isinstance(getattr(method, "method", method), KalmanNorm):
+        raise ValueError(f"{type(method).__name__}: it hands on no moments of its KalmanNorm.")
+    norm = partial(Norm, method=replace(method, activation=nn.relu) if kalman else method)
     first = None if early is None else partial(Norm, method=early)
+    how = {"early": first, "posterior": posterior if kalman else None}
     if model == "mlp":
-        return MLP(norm, classes, first)
-    return Residual(norm, classes, width, depth, first)
+        return MLP(norm, classes, **how)
+    return Residual(norm, classes, width, depth, **how)

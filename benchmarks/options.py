@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks import methods, models, recipe
 
@@ -15,13 +15,12 @@ class Config:
 
     methods: tuple[str, ...] = (
         "BatchNorm",
-        "BatchRenorm(r_max=3.0, d_max=5.0)",
         "LayerNorm",
-        "RMSNorm",
         "GroupNorm(num_groups=4)",
-        "InstanceNorm",
-        "DynamicTanh",
-        "Ghost(BatchNorm(), groups=4)",
+        "chain(BatchNorm, SpectralBatchNorm)",
+        "GhostNoiseBatchNorm(ghost_batch_size=16)",
+        "KalmanNorm(gain=0.5)",
+        "BatchRenorm(r_max=3.0, d_max=5.0)",
     )
     model: tuple[str, ...] = models.MODELS
     placement: str = "all"
@@ -39,6 +38,7 @@ class Config:
     augment: bool = True
     width: int = 16
     depth: int = 1
+    posterior: models.Posterior = "output"
     recipe: tuple[str, ...] = ()
 
 
@@ -116,6 +116,8 @@ def _parser():
     option("augment", text, action=argparse.BooleanOptionalAction)
     option("width", "channels of the first stage of the residual network", type=whole)
     option("depth", "blocks per stage of the residual network", type=whole)
+    text = "moments that Kalman norms hand on: of the output, or those that normalized the input"
+    option("posterior", text, choices=get_args(models.Posterior))
     text = "train each method with small, slow norm scales too: words g0=, c=, temperature=, last, "
     text += f"input_norm such as 'g0=0.1 c=100' (without arms: {'; '.join(recipe.ARMS)})"
     option("recipe", text, nargs="*", metavar="ARM")

@@ -10,8 +10,6 @@ of the public implementation, from the statistics of its input.
 """
 
 import argparse
-import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import data, machine, training
-from benchmarks.models import conv
+from benchmarks.models import Posterior, conv
 from benchmarks.options import whole
 from normjax import KalmanNorm
 from normjax.analysis import propagation
@@ -31,7 +29,10 @@ from normjax.linen import Norm
 from normjax.linen.carry import carry
 
 GAINS = tuple(float(g) for g in np.linspace(0, 1, 21))
-PREDICTIONS = {"output": "consistent prediction", "fused": "public implementation's prediction"}
+PREDICTIONS: dict[Posterior, str] = {
+    "output": "consistent prediction",
+    "fused": "public implementation's prediction",
+}
 
 
 class Network(nn.Module):
@@ -39,22 +40,21 @@ class Network(nn.Module):
 
     Attributes:
       classes: number of classes.
-      posterior: of the norms.
+      posterior: what the norms hand on, see `carry`.
       gain: of the norms; one is batch norm.
       width: channels of the first two convolutions; the others have twice as many.
     """
 
     classes: int
-    posterior: str = "output"
+    posterior: Posterior = "output"
     gain: float = 1.0
     width: int = 16
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Logits f32[N, classes] of images f32[N, H, W, C]."""
-        posterior: Any = self.posterior
-        method = KalmanNorm(gain=self.gain, posterior=posterior, activation=nn.relu, momentum=0.9)
-        with carry():
+        method = KalmanNorm(gain=self.gain, activation=nn.relu, momentum=0.9)
+        with carry(posterior=self.posterior):
             for layer in range(4):
                 features, stride = self.width * (1 + layer // 2), 1 + (layer == 2)
                 x = conv(features, 3, stride, f"conv_{layer + 1}")(x)
@@ -82,9 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print("propagation:", error, file=sys.stderr)
         return 2
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "propagation.json").write_text(json.dumps(results) + "\n")
-    propagation.plot(tables, GAINS).savefig(options.output / "propagation.png")
+    machine.write(results, options.output / "propagation.json", indent=None)
+    propagation.plot(tables, GAINS).savefig(options.output / "propagation.png", dpi=150)
     show(results)
     print(f"Written to {options.output}/propagation.json and propagation.png")
     return 0
@@ -139,9 +138,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
             }
         )
     results = {
-        "command": shlex.join(["python", "-m", "benchmarks.propagation", *sys.argv[1:]]),
-        "machine": machine.describe(),
-        "versions": {"jax": jax.__version__},
+        **machine.heading("propagation"),
         "configuration": {k: v for k, v in vars(options).items() if k != "output"},
         "gains": list(GAINS),
         "test_accuracy": (np.asarray(correct) / len(dataset.test_labels)).tolist(),

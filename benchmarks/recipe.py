@@ -38,7 +38,7 @@ class Recipe:
       c: divisor of their learning rate.
       temperature: factor of the logits.
       last: whether g0 is for the last norm alone.
-      input_norm: whether an `InputNorm` takes the place of the moments of the data set.
+      input_norm: whether a batch norm takes the place of the moments of the data set.
     """
 
     g0: float = 1.0
@@ -54,7 +54,7 @@ class Recipe:
         return Framed(network, self.input_norm, self.temperature)
 
     def inputs(self, inputs: training.Inputs) -> training.Inputs:
-        """The data, with pixels in [0, 1] for an `InputNorm`."""
+        """The data, with pixels in [0, 1] for a batch norm of the input."""
         if not self.input_norm:
             return inputs
         largest = inputs.train_images.max().astype(jnp.float32)
@@ -87,7 +87,7 @@ NONE = Recipe()
 
 
 class Framed(nn.Module):
-    """A network with an `InputNorm` before it and a factor after it, in the network's own scope.
+    """A network with a batch norm before it and a factor after it, in the network's own scope.
 
     Attributes:
       network: called with (images, train=...).
@@ -102,7 +102,9 @@ class Framed(nn.Module):
     def setup(self):
         nn.share_scope(self, self.network)
         if self.input_norm:
-            self.first = Norm(nj.InputNorm(momentum=0.9), name="input_norm")
+            scale_init = nj.relu_scale(nn.initializers.ones)
+            method = nj.BatchNorm(momentum=0.9, use_bias=False, scale_init=scale_init)
+            self.first = Norm(method, name="input_norm")
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """The network's logits times the factor."""

@@ -9,9 +9,6 @@ are paired by seed. Maps are measured in training mode, at initialization and af
 """
 
 import argparse
-import functools
-import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +30,11 @@ MEASURES = ("rms", "quantile", "maximum", "flatness")
 
 def arms(size: int) -> dict[str, Any]:
     """The methods of the last stage, whose maps are `size` x `size`, by name."""
-    both = functools.partial(nj.SpatialSpectralBatchNorm, momentum=0.9)
+
+    def both(unbiased_running_var=False, **fields):
+        shared = {"momentum": 0.9, "unbiased_running_var": unbiased_running_var}
+        return nj.chain(nj.BatchNorm(**shared), nj.SpectralBatchNorm(**shared, **fields))
+
     found: dict[str, Any] = {"batch norm": EARLY}
     for fft_norm in ("ortho", "backward"):
         found[f"channel, {fft_norm}"] = both(fft_norm=fft_norm)
@@ -54,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print("spectral:", error, file=sys.stderr)
         return 2
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "spectral.json").write_text(json.dumps(results) + "\n")
+    machine.write(results, options.output / "spectral.json", indent=None)
     show(results)
     plot(results, options.output / "spectral.png")
     print(f"Written to {options.output}/spectral.json and spectral.png")
@@ -99,9 +99,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             arm = _train(method, dataset, inputs, options, lambda: progress.advance(task))
             found.append({"name": name, "method": repr(method)} | arm)
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.spectral", *sys.argv[1:]]),
-        "machine": machine.describe(),
-        "versions": {"jax": jax.__version__},
+        **machine.heading("spectral"),
         "configuration": {k: v for k, v in vars(options).items() if k not in ("output", "arms")},
         "train_images": len(dataset.train_labels),
         "test_images": len(dataset.test_labels),

@@ -12,14 +12,14 @@ mode keeps, all in units of the input.
 
 import argparse
 import functools
-import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks import machine
 
 # Large blocks come from the heap and stay mapped; otherwise page faults are what is measured.
 ALLOCATOR = {
@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]]
         os.execve(sys.executable, arguments, {**os.environ, **ALLOCATOR})
     results = run(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "speed.json").write_text(json.dumps(results, indent=1) + "\n")
+    machine.write(results, options.output / "speed.json")
     show(results)
     plot(results, options.output / "speed.png")
     print(f"Written to {options.output}/speed.json and speed.png")
@@ -93,11 +92,9 @@ def _options(argv):
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All measurements as one JSON-ready dict."""
-    import flax
     import jax
     from rich.progress import Progress
 
-    from benchmarks.machine import describe
     from benchmarks.torch_peer import Peer
 
     gpu = jax.default_backend() != "cpu"
@@ -117,9 +114,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             rows.append(measure(*case, peer, options.rounds, repeats=20 if gpu else 1))
             progress.advance(task)
     results = {
-        "command": shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]),
-        "machine": describe(),
-        "versions": {"jax": jax.__version__, "flax": flax.__version__},
+        **machine.heading("speed", "flax"),
         "rows": rows,
         "compile_50_layers": None if options.no_network else compile_network(),
     }
@@ -206,7 +201,7 @@ def programs(method: str, sizes: tuple[int, ...], channels: int) -> dict[str, tu
     from flax import linen as nn
 
     import normjax as nj
-    from normjax.core import checks
+    from normjax.core.method import traits
 
     spectral = functools.partial(nj.SpectralBatchNorm, statistics="frequency", map_size=sizes)
     ours = {
@@ -239,7 +234,7 @@ def programs(method: str, sizes: tuple[int, ...], channels: int) -> dict[str, tu
         return after(y.astype(x.dtype)), new
 
     def normjax(variables, x, key):
-        draw = {"key": key} if checks.is_random(ours) else {}
+        draw = {"key": key} if traits(ours).random else {}
         return ours.apply(*variables, x, train=True, **draw)
 
     def dropout(variables, x, key):
@@ -247,7 +242,7 @@ def programs(method: str, sizes: tuple[int, ...], channels: int) -> dict[str, tu
         return nn.Dropout(0.1, deterministic=False).apply({}, y, rngs={"dropout": key}), new
 
     found = {"normjax": (ours.init(None, channels), normjax), "flax": (variables, flax)}
-    if checks.is_random(ours):
+    if traits(ours).random:
         found["flax_dropout"] = variables, dropout
     if isinstance(ours, nj.SpectralBatchNorm):
         one = (1, 1, 1, channels)

@@ -9,9 +9,7 @@ of a residual network with Kalman norms, relative to the same network with batch
 
 import argparse
 import functools
-import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -43,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/stacks"))
     options = parser.parse_args(argv)
     results = run(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "stacks.json").write_text(json.dumps(results, indent=1) + "\n")
+    machine.write(results, options.output / "stacks.json")
     show(results)
     print(f"Written to {options.output}/stacks.json")
     return 0
@@ -62,9 +59,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             layers = {n: np.mean([f[n] for f in found], 0).tolist() for n in found[0]}
             accuracy.append({"shape": list(shape), "input": kind, "errors": layers})
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.stacks", *sys.argv[1:]]),
-        "machine": machine.describe(),
-        "versions": {"jax": jax.__version__},
+        **machine.heading("stacks"),
         "seeds": options.seeds,
         "accuracy": accuracy,
         "costs": [costs(shape, options.rounds) for shape in shapes],
