@@ -573,6 +573,8 @@ class DevicesTest(parameterized.TestCase):
 
     def check(self, method, mapped):
         """A training step on a sharded batch moves no maps, and equals that on one device."""
+        if method.route == "fft" and not mapped and jax.__version_info__ < (0, 12):
+            pytest.skip("before JAX 0.12 the compiler gathers what it transforms")
         params, state = variables(method, 3, dtype="float64")
         x, g = (draw(i, 16, 4, 5, 3, dtype="float64") for i in (0, 1))
         expected = run(method, params, state, x, cotangent=g)
