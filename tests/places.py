@@ -5,7 +5,6 @@
 
 import pathlib
 import re
-import subprocess
 import sys
 
 import normjax as nj
@@ -19,14 +18,11 @@ def names():
 
 
 def places(name):
-    """The files of the repository that name a method, outside of documents and tests."""
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    paths = [path for path in listed.stdout.split() if re.search(r"\.pyi?$", path)]
+    """The files of the package and its benchmarks that name a method."""
     word = re.compile(rf"\b{name}\b")
-    own = [path for path in paths if not path.startswith("tests/")]
-    return [path for path in own if word.search((ROOT / path).read_text())]
+    found = (p for folder in ("normjax", "benchmarks") for p in (ROOT / folder).rglob("*.py*"))
+    paths = sorted(path for path in found if path.suffix in (".py", ".pyi"))
+    return [str(path.relative_to(ROOT)) for path in paths if word.search(path.read_text())]
 
 
 if __name__ == "__main__":
