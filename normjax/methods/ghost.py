@@ -25,6 +25,9 @@ AVERAGES = "exponential", "debiased", "cumulative"
 class EachPart(NamedTuple):
     """An input of `Ghost` that every part has one of its own of, stacked on axis 0.
 
+    Wang et al., *Kalman Normalization*, 2018, https://arxiv.org/abs/1802.03133, whose public
+    implementation predicts the statistics of every micro-batch apart.
+
     Example:
       >>> import jax.numpy as jnp, normjax as nj
       >>> prior = nj.EachPart(nj.propagate.prediction(jnp.zeros((4, 3)), jnp.ones((4, 3))))

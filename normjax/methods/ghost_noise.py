@@ -29,6 +29,8 @@ from normjax.methods.batch import GhostFields
 class NoiseState(NamedTuple):
     """The number of updates, where the strength of the noise follows a schedule.
 
+    Kosson, Fan & Jaggi, *Ghost Noise*, 2024, https://arxiv.org/abs/2305.17205
+
     Example:
       >>> import normjax as nj
       >>> nj.GhostNoise(16, strength=nj.Ramp(0.0, 1.0, 0, 100)).init(None, 3)[1].count.item()

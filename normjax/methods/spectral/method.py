@@ -31,6 +31,8 @@ _saves = jax.checkpoint_policies.save_from_both_policies(
 class SpectralRunning(NamedTuple):
     """Running statistics of spectra: a complex mean as two real arrays, and a real variance.
 
+    Cakaj, Mehnert & Yang, *Spectral Batch Normalization*, 2023, https://arxiv.org/abs/2306.16999
+
     Example:
       >>> import normjax as nj
       >>> nj.SpectralBatchNorm(statistics="ring", bands=4).init(None, 3)[1].mean_real.shape
