@@ -126,6 +126,7 @@ def test_printed_table(finished, capsys):
     assert "Chain(methods=[RMSNorm])" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted(finished, tmp_path, monkeypatch, capsys):
     """Interrupted after the first epoch of the second method; checkpoints are made before, too."""
     folder = tmp_path / "a run"
@@ -180,6 +181,7 @@ def test_interrupted_before_the_first_epoch(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_divergence_in_the_residual_network_by_one_seed(tmp_path, capsys):
     argv = ["--model", "residual", "--methods", "Affine", "--seeds", "1", "--epochs", "2"]
     argv += ["--train-size", "50", "--width", "2", "--learning-rate", "1e30"]

@@ -143,6 +143,7 @@ class KalmanTest(parameterized.TestCase):
         return mean, var if config["has_prior"] else var * (size - 1) / size
 
     @parameterized.parameters(*vector_files.names("kalman_norm"))
+    @pytest.mark.slow
     def test_oracle_of_vectors(self, name):
         config, arrays = vector_files.load(name)
         method, params, state = agreement.start(name)
