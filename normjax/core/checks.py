@@ -93,12 +93,12 @@ def one_of(*options: Any, or_else: Rule | None = None) -> Rule:
 
 
 def optional(other: Rule) -> Rule:
-    """None, or what another rule allows."""
+    """A rule that allows None, and what another rule allows."""
     return one_of(None, or_else=other)
 
 
 def activation(value: Any) -> str | None:
-    """A hashable pointwise function."""
+    """A hashable function of one array, such as `jax.nn.relu`."""
     try:
         hash(value)
     except TypeError:
@@ -107,7 +107,7 @@ def activation(value: Any) -> str | None:
 
 
 def axis_index_groups(value: Any) -> str | None:
-    """All device indices, in groups."""
+    """Groups that name every device index exactly once."""
     nested = isinstance(value, tuple) and value and all(isinstance(g, tuple) and g for g in value)
     if not nested or sorted(sum(value, ())) != list(range(sum(map(len, value)))):
         return "is not groups of device indices that name each of 0, 1, 2, ... exactly once"

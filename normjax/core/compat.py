@@ -159,7 +159,7 @@ except ImportError as error:
 
 
 def in_order(x: jax.Array) -> jax.Array:
-    """`x` with its last axis minor in memory."""
+    """`x` with its last axis minor in memory; unchanged where JAX cannot say so."""
     if Layout is None or jax.__version_info__ < (0, 12):  # that gathers whole arrays for it
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -30,14 +30,14 @@ class Configuration:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AxisFields(Configuration):
-    """The feature axis."""
+    """The feature axis, or several: see `BatchNorm`."""
 
     axis: Axes = field(-1, checks.integers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScaleFields(Configuration):
-    """The scale, and dtypes."""
+    """The scale, its initializer, and dtypes of output and parameters."""
 
     dtype: Any = field(None, DTYPE)
     param_dtype: Any = field(jnp.float32, checks.floating)
@@ -47,7 +47,7 @@ class ScaleFields(Configuration):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AffineFields(ScaleFields):
-    """Scale and bias, and dtypes."""
+    """Scale and bias, their initializers, and dtypes."""
 
     use_bias: bool = field(True, checks.flag)
     bias_init: Initializer = field(jax.nn.initializers.zeros, checks.initializer)
@@ -55,7 +55,7 @@ class AffineFields(ScaleFields):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationFields(Configuration):
-    """A pointwise function of the output."""
+    """A pointwise function of the output, taken inside of the layer."""
 
     activation: Activation = field(None, checks.optional(checks.activation))
 

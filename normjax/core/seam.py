@@ -44,7 +44,7 @@ def apply(
 
 
 def evaluate(method: Any, params: Any, state: Any, x: Any, mask: Mask, **inputs: Any) -> jax.Array:
-    """The output of evaluation."""
+    """The output of evaluation, of the shape of `x`; the arguments are those of `apply`."""
     x, mask = passes.inputs(method, x, mask)
     at = require_variables(method, params, state, x)
     normalizer = method.evaluation(params, state, x, mask, **inputs)

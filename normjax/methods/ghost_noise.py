@@ -68,7 +68,7 @@ class NoiseFields(AxisFields):
 
 @dataclasses.dataclass(frozen=True)
 class DrawingFields(NoiseFields):
-    """How ghosts are drawn."""
+    """How ghosts are drawn: see `GhostNoise`, whose paper has the forms."""
 
     ghost_batch_size: int | None = field(None, COUNT)
     _: dataclasses.KW_ONLY
