@@ -188,13 +188,16 @@ def _static(compiled):
     return compiled.cost_analysis()["bytes accessed"], compiled.memory_analysis().temp_size_in_bytes
 
 
-def programs(method: str, sizes: tuple[int, ...], channels: int) -> dict[str, tuple[Any, Callable]]:
+def programs(
+    method: str, sizes: tuple[int, ...], channels: int, dtype: Any = None
+) -> dict[str, tuple[Any, Callable]]:
     """Variables and `apply(variables, x, key) -> (y, new statistics)` of normjax and its peers.
 
     Args:
       method: a key of `CASES`.
       sizes: of the positions of a sample.
       channels: number of channels.
+      dtype: of the layer of flax.linen; without one it follows from those of its arrays.
     """
     import jax
     import jax.numpy as jnp
@@ -225,7 +228,7 @@ def programs(method: str, sizes: tuple[int, ...], channels: int) -> dict[str, tu
     }[method]()
     kind = method if hasattr(nn, method) else "BatchNorm"
     switch = {"use_running_average": False} if kind == "BatchNorm" else {}
-    theirs = getattr(nn, kind)(**switch)
+    theirs = getattr(nn, kind)(dtype=dtype, **switch)
     variables = jax.jit(theirs.init)(jax.random.key(0), jnp.ones((2, 2, 2, channels)))
     after = jax.nn.relu if method == "BatchNorm, relu" else lambda y: y
 

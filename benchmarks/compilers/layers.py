@@ -1,0 +1,118 @@
+"""Single layers: the forward pass, the same with what reverse mode keeps, the backward pass, both.
+
+Forward and backward passes of their own are those of `benchmarks.split`: what the forward pass
+keeps and is the input, or a view of it, is not returned, for as an output it would be a copy.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import speed
+from benchmarks.compilers.targets import Compiler, placed
+from benchmarks.split import Passes
+
+PEERS = ("flax", "normjax")
+PASSES = ("forward", "residuals", "backward", "both")
+MAPS = ((256, 56, 56, 64), (256, 28, 28, 256))
+GROUPS = ((64, 32, 32, 256), (256, 32, 32, 256))
+CASES = {
+    "BatchNorm": MAPS,
+    "BatchNorm, relu": MAPS,
+    "LayerNorm": ((16384, 4096), (64, 512, 768)),
+    "RMSNorm": ((16384, 4096), (131072, 128)),
+    "GroupNorm": GROUPS,
+    "InstanceNorm": GROUPS,
+    **dict.fromkeys(
+        (
+            "Ghost, 4 groups",
+            "GhostBatchNorm",
+            "ExclusiveBatchNorm",
+            "GhostNoiseBatchNorm",
+            "BatchNorm, GhostNoise, Affine",
+            "SpectralBatchNorm",
+            "SpectralBatchNorm, half",
+        ),
+        MAPS[1:],
+    ),
+}
+DTYPES = ("bfloat16", "float32")
+SINGLE = ("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+
+
+def bound(method: str) -> dict[str, int]:
+    """How often an input must be read or written in each of `PASSES`, at least.
+
+    Where the values of one statistic fit on the chip, x is read once, and y or dx written. Where
+    they cross samples, x is read for the statistics, and x and the cotangent for their sums, first.
+    In one program that knows the cotangent, these sums are taken while y is written.
+
+    Example:
+      >>> bound("BatchNorm")
+      {'forward': 3, 'residuals': 3, 'backward': 5, 'both': 7}
+    """
+    least = (2, 2, 3, 4) if method in SINGLE else (3, 3, 5, 7)
+    return dict(zip(PASSES, least, strict=True))
+
+
+def jobs(
+    compiler: Compiler, methods: Sequence[str], dtypes: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """What is to be compiled, each with a function that does it."""
+    for method in methods:
+        for shape in CASES[method]:
+            for dtype in dtypes:
+                case = {"method": method, "shape": list(shape), "dtype": dtype}
+                yield case, functools.partial(measure, compiler, method, shape, dtype)
+
+
+def measure(
+    compiler: Compiler, method: str, shape: tuple[int, ...], dtype: str
+) -> dict[str, Any]:
+    """The figures of each peer and pass, with the bytes of the input and of what is kept."""
+    x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=compiler.one)
+    label = f"{method} {'x'.join(map(str, shape))} {dtype}"
+    found: dict[str, Any] = {"input": math.prod(shape) * x.dtype.itemsize, "programs": {}}
+    for peer, (params, rest, apply) in arms(method, shape, dtype).items():
+        params, rest = placed((params, rest), compiler.one)
+        passes = Passes(params, rest, apply, [x], [x])
+
+        def both(params, rest, x, g, apply=apply):
+            y, pullback, new = jax.vjp(lambda p, x: apply(p, rest, x), params, x, has_aux=True)
+            return y, new, pullback(g)
+
+        lowered = {
+            "forward": jax.jit(apply).lower(params, rest, x),
+            "residuals": passes.lowered["forward"],
+            "backward": passes.lowered["backward"],
+            "both": jax.jit(both).lower(params, rest, x, x),
+        }
+        found["programs"][peer] = {
+            "kept": passes.kept,
+            **{name: compiler.figures(lowered[name], f"{label} {peer} {name}") for name in PASSES},
+        }
+    return found
+
+
+def arms(method: str, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
+    """Parameters, what else there is, and `apply(params, rest, x) -> (y, new)` of each peer."""
+    programs = speed.programs(method, shape[1:-1], shape[-1], jnp.dtype(dtype))
+    variables, flax = programs["flax"]
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    (params, state), ours = programs["normjax"]
+    return {
+        "flax": (
+            variables["params"],
+            others,
+            lambda p, rest, x: flax({"params": p, **rest}, x, None),
+        ),
+        "normjax": (
+            params,
+            (state, jax.random.key(0)),
+            lambda p, rest, x: ours((p, rest[0]), x, rest[1]),
+        ),
+    }
