@@ -16,29 +16,25 @@ from benchmarks import speed
 from benchmarks.compilers.targets import Compiler, placed
 from benchmarks.split import Passes
 
-PEERS = ("flax", "normjax")
 PASSES = ("forward", "residuals", "backward", "both")
-MAPS = ((256, 56, 56, 64), (256, 28, 28, 256))
+# The last shape of a method in bfloat16 is more than a TPU holds on the chip.
+MAPS = ((256, 56, 56, 64), (256, 28, 28, 256), (512, 28, 28, 256))
+ROWS = ((131072, 128), (64, 512, 768), (16384, 4096))
 GROUPS = ((64, 32, 32, 256), (256, 32, 32, 256))
 CASES = {
     "BatchNorm": MAPS,
     "BatchNorm, relu": MAPS,
-    "LayerNorm": ((16384, 4096), (64, 512, 768)),
-    "RMSNorm": ((16384, 4096), (131072, 128)),
+    "LayerNorm": ROWS,
+    "RMSNorm": ROWS,
     "GroupNorm": GROUPS,
     "InstanceNorm": GROUPS,
-    **dict.fromkeys(
-        (
-            "Ghost, 4 groups",
-            "GhostBatchNorm",
-            "ExclusiveBatchNorm",
-            "GhostNoiseBatchNorm",
-            "BatchNorm, GhostNoise, Affine",
-            "SpectralBatchNorm",
-            "SpectralBatchNorm, half",
-        ),
-        MAPS[1:],
-    ),
+    "Ghost, 4 groups": MAPS[-1:],
+    "GhostBatchNorm": MAPS[-1:],
+    "ExclusiveBatchNorm": MAPS[-1:],
+    "GhostNoiseBatchNorm": MAPS[-1:],
+    "BatchNorm, GhostNoise, Affine": MAPS[-1:],
+    "SpectralBatchNorm": MAPS[-1:],
+    "SpectralBatchNorm, half": MAPS[-1:],
 }
 DTYPES = ("bfloat16", "float32")
 SINGLE = ("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
@@ -70,13 +66,15 @@ def jobs(
                 yield case, functools.partial(measure, compiler, method, shape, dtype)
 
 
-def measure(
-    compiler: Compiler, method: str, shape: tuple[int, ...], dtype: str
-) -> dict[str, Any]:
+def measure(compiler: Compiler, method: str, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
     """The figures of each peer and pass, with the bytes of the input and of what is kept."""
     x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=compiler.one)
     label = f"{method} {'x'.join(map(str, shape))} {dtype}"
-    found: dict[str, Any] = {"input": math.prod(shape) * x.dtype.itemsize, "programs": {}}
+    found: dict[str, Any] = {
+        "input": math.prod(shape) * x.dtype.itemsize,
+        "bound": bound(method),
+        "programs": {},
+    }
     for peer, (params, rest, apply) in arms(method, shape, dtype).items():
         params, rest = placed((params, rest), compiler.one)
         passes = Passes(params, rest, apply, [x], [x])

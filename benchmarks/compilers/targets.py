@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import importlib.util
-import math
+import importlib.metadata
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,8 @@ CARDS = {"H100": H100}
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 PODS = {"v5e": ("v5e:2x2", "v5e:8x8", "v5e:16x16")}
 DEFAULTS = (*SLICES, *CARDS)
-# Where the compilers are, and the extra that installs them.
-COMPILERS = {
-    "cuda": (("jax_cuda12_plugin", "nvidia.cuda_nvcc"), "compilers-cuda"),
-    "tpu": (("libtpu",), "compilers-tpu"),
-}
+# Packages of the compilers; the extra with that name behind `compilers-` installs them.
+COMPILERS = {"cuda": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"), "tpu": ("libtpu",)}
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -67,12 +62,20 @@ class Target:
         """Name of its file of results."""
         return self.name.replace(":", "-") + ".json"
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Those of its compiler."""
+        return COMPILERS[self.kind]
+
     def missing(self) -> str | None:
         """What to install, in a sentence; None if the compiler is there."""
-        modules, extra = COMPILERS[self.kind]
-        if all(_found(module) for module in modules):
-            return None
-        return f"{self.name} needs another compiler: pip install -e '.[benchmarks,{extra}]'"
+        try:
+            for package in self.packages:
+                importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError as error:
+            extras = f"benchmarks,compilers-{self.kind}"
+            return f"{self.name} needs {error.name}: pip install -e '.[{extras}]'"
+        return None
 
     def devices(self) -> list[Any]:
         """Its devices, on which programs can be compiled but not run.
@@ -91,13 +94,6 @@ class Target:
         except Exception as error:
             first = str(error).partition("\n")[0]
             raise ValueError(f"no topology {self.name!r}: {first}") from None
-
-
-def _found(module):
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def prepare() -> None:

@@ -207,7 +207,9 @@ def _collectives(module, one, opcode, arguments):
         found: Counter[str] = Counter()
         for inner in inside:
             for each in inner.instructions.values():
-                shapes = [inner.instructions[n].shape for n in each.operands if n in inner.instructions]
+                shapes = [
+                    inner.instructions[n].shape for n in each.operands if n in inner.instructions
+                ]
                 found.update(_collectives(module, each, each.opcode.removesuffix("-start"), shapes))
         return found
     if opcode not in COLLECTIVES:

@@ -1,0 +1,5 @@
+CASES = {"resnet50": 1}
+
+
+def jobs(compiler, names):
+    return []
