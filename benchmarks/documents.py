@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import guarantees, report, spectral
+from benchmarks.compilers import show, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -33,6 +34,8 @@ SUMMARY = (
         guarantees.kept_layer_norm,
     ),
 )
+PACKAGES = ("jax", "flax", "libtpu", "jax-cuda12-plugin")
+COMPILED = ("H100", "v5p", "v6e", "v5e")
 GHOST_SIZES = (2, 4, 8, 16, 32, 64)
 SAMPLE_NORMS = {"residual": "GroupNorm(num_groups=1, ", "mlp": "LayerNorm("}
 NO_AFFINE = "use_scale=False, use_bias=False)"
@@ -44,6 +47,7 @@ class Table(NamedTuple):
     files: Sequence[str]
     cells: Callable[..., Iterable[Sequence[str]]]
     source: bool = True  # whether files, machine and commands stand below it
+    section: str | None = None  # the part of each file that counts; it may be absent
 
 
 def main() -> int:
@@ -66,14 +70,18 @@ def filled(text: str) -> str:
 def markdown(table: Table) -> str:
     """A table with its source."""
     results = [json.loads((RESULTS / file).read_text()) for file in table.files]
+    if table.section is not None:
+        results = [found.get(table.section, {"versions": {}, "rows": []}) for found in results]
     head, *rows = table.cells(*results)
     lines = [head, ["---"] * len(head), *rows]
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     if not table.source:
         return text
-    versions, machine = results[0]["versions"], results[0]["machine"]
-    used = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax") if name in versions)
-    where = f"({machine['device']}, {machine['cores']} cores; {used})"
+    versions = {name: version for found in results for name, version in found["versions"].items()}
+    where = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
+    if machine := results[0].get("machine"):
+        where = f"{machine['device']}, {machine['cores']} cores; {where}"
+    where = f"({where})"
     if len(table.files) > 2:
         folder = table.files[0].partition("/")[0]
         return f"{text}\nFrom [`{folder}`](results/{folder}) {where}; each file has its command.\n"
@@ -268,6 +276,63 @@ def cost_rows(results):
     yield "a training step with KalmanNorm / with BatchNorm", size(step), ratio
 
 
+def by_pass(*passes: str, methods: Sequence[str] = ()):
+    """A table of layers that were compiled, each with its last input; empty: all methods."""
+
+    def cells(*results):
+        yield "method", "input", "dtype", "bound", *COMPILED
+        cases = [
+            {(row["method"], row["dtype"]): row for row in found["rows"] if "note" not in row}
+            for found in results
+        ]
+        for case, row in cases[0].items():
+            if methods and case[0] not in methods:
+                continue
+            least = " + ".join(str(row["bound"][name]) for name in passes)
+            moved = (_moved(found[case], passes) if case in found else "" for found in cases)
+            yield case[0], show.size_text(row), case[1], least, *moved
+
+    return cells
+
+
+def _moved(row, passes):
+    ours, theirs = (
+        " + ".join(f"{show.units(row, peer, name):.1f}" for name in passes)
+        for peer in ("normjax", "flax")
+    )
+    return f"{ours} ({theirs})"
+
+
+def network_rows(*results):
+    """Compiled networks: bytes, temporaries and kernels over those with the norms of Flax."""
+    yield "network", "norms", *COMPILED
+    found = []
+    for result in results:
+        rows = [row for row in result["rows"] if "note" not in row]
+        ratios = show.over_flax(rows)
+        found.append(
+            {
+                (row["network"], row["norms"]): " / ".join(
+                    (ratio["moved"], ratio["temporaries"], ratio["kernels"])
+                )
+                for row, ratio in zip(rows, ratios, strict=True)
+            }
+        )
+    cases = dict.fromkeys(case for cells in found for case in cells if case[1] != "flax")
+    for case in cases:
+        yield *case, *(cells.get(case, "") for cells in found)
+
+
+def pod_rows(results):
+    """Operations between chips."""
+    rows = [row for row in results["rows"] if "note" not in row]
+    kinds = [kind for kind in traffic.COLLECTIVES if any(kind in show.kinds(row) for row in rows)]
+    yield "chips", "arrays sharded", "norm", *kinds
+    for row in rows:
+        cells = (show.collectives(row, kind) for kind in kinds)
+        yield str(row["chips"]), row["layout"], row["norm"], *cells
+
+
 def recipe_rows(*results):
     """Small slow scales and controls beside the same network without."""
     yield "labels", "network", "arm", "test accuracy, points", "seeds"
@@ -287,6 +352,7 @@ GHOST_FILES = tuple(
         *("mlp_noise", "mlp_ghosts", "mlp_layer"),
     )
 )
+COMPILED_FILES = tuple(f"compilers/{topology}.json" for topology in COMPILED)
 FLAX, ACCESSED = "{ratio_flax:.2f}", "{normjax_bytes:.1f} ({flax_bytes:.1f})"
 KEPT = "{normjax_kept:.2f} ({flax_kept:.2f})"
 TABLES: dict[str, Table] = {
@@ -332,6 +398,15 @@ TABLES: dict[str, Table] = {
     "kalman": Table(("kalman/two.json",), kalman_rows),
     "predictions": Table(("kalman/stacks.json",), prediction_rows, source=False),
     "costs": Table(("kalman/stacks.json",), cost_rows),
+    "compilers": Table(COMPILED_FILES, by_pass("residuals", "backward"), section="layers"),
+    "compilers-forward": Table(
+        COMPILED_FILES,
+        by_pass("forward", "both", methods=("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm")),
+        source=False,
+        section="layers",
+    ),
+    "compilers-networks": Table(COMPILED_FILES, network_rows, source=False, section="networks"),
+    "compilers-pods": Table(("compilers/v5e.json",), pod_rows, section="pods"),
     "recipe": Table(("recipe/noisy.json", "recipe/clean.json"), recipe_rows),
 }
 

@@ -1,10 +1,11 @@
 """Operations between the chips of slices of TPUs, in a training step of four layers.
 
-A layer is a convolution, a norm and a ReLU. Its arrays are sharded by `jit` in three ways:
+A layer is a convolution, a norm and a ReLU. Its arrays are sharded by `jit` in one of these ways:
 
 - data: the batch is sharded over all chips, parameters are replicated
 - fsdp: the same, and parameters are sharded over all chips too
-- tensor: four chips each share the channels of all arrays, and the batch is sharded over these fours
+- fsdp, constrained: the same, with a constraint that shards the outputs of layers by the batch
+- tensor: four chips share the channels of all arrays, and such fours the batch
 """
 
 import functools
@@ -21,16 +22,23 @@ import normjax.linen
 from benchmarks.compilers.targets import Compiler, Target, placed
 
 NORMS = ("BatchNorm", "LayerNorm", "GroupNorm")
-LAYOUTS = ("data", "fsdp", "tensor")
+FEATURES = {"data": None, "fsdp": "batch", "fsdp, constrained": "batch", "tensor": "channels"}
 LIBRARIES = {"flax": nn, "normjax": normjax.linen}
 TENSOR = 4  # chips that share the channels
 CHANNELS = 256
 
 
 class Layers(nn.Module):
-    """Convolutions of 1x1, each with the norm that `norm` makes and a ReLU."""
+    """Convolutions of 1x1, each with the norm that `norm` makes and a ReLU.
+
+    Attributes:
+      norm: makes the norms.
+      constraint: sharding of the output of every layer; None: the compiler decides.
+      layers: number of layers.
+    """
 
     norm: Callable[..., nn.Module]
+    constraint: NamedSharding | None
     layers: int = 4
 
     @nn.compact
@@ -38,6 +46,8 @@ class Layers(nn.Module):
         for _ in range(self.layers):
             x = nn.Conv(CHANNELS, (1, 1), use_bias=False, dtype=jnp.bfloat16)(x)
             x = nn.relu(self.norm()(x))
+            if self.constraint is not None:
+                x = jax.lax.with_sharding_constraint(x, self.constraint)
         return x
 
 
@@ -45,7 +55,7 @@ def jobs(compiler: Compiler) -> Iterator[tuple[dict[str, Any], Callable[[], dict
     """What is to be compiled, each with a function that does it."""
     for pod in compiler.target.pods:
         devices = Target(pod).devices()
-        for layout in LAYOUTS:
+        for layout in FEATURES:
             for norm in NORMS:
                 case = {"slice": pod, "chips": len(devices), "layout": layout, "norm": norm}
                 yield case, functools.partial(measure, compiler, pod, devices, layout, norm)
@@ -57,16 +67,17 @@ def measure(
     """The figures of each library's training step."""
     model_axis = TENSOR if layout == "tensor" else 1
     mesh = Mesh(np.array(devices).reshape(-1, model_axis), ("batch", "channels"))
-    features = {"data": None, "fsdp": "batch", "tensor": "channels"}[layout]
     spread = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    constraint = spread("batch") if layout.endswith("constrained") else None
     found = {}
     for peer, library in LIBRARIES.items():
         how = {"use_running_average": False} if norm == "BatchNorm" else {}
-        model = Layers(functools.partial(getattr(library, norm), dtype=jnp.bfloat16, **how))
+        make = functools.partial(getattr(library, norm), dtype=jnp.bfloat16, **how)
+        model = Layers(make, constraint)
         x = jax.ShapeDtypeStruct((4 * len(devices), 14, 14, CHANNELS), jnp.bfloat16)
         key = jax.eval_shape(lambda: jax.random.key(0))
         shapes = jax.eval_shape(model.init, key, x)
-        place = lambda a: placed(a, spread(*[None] * (a.ndim - 1), features))
+        place = lambda a: placed(a, spread(*[None] * (a.ndim - 1), FEATURES[layout]))
         variables = {"batch_stats": {}, **jax.tree.map(place, shapes)}
 
         def step(variables, x, model=model):

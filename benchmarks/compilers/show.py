@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.compilers.traffic import COLLECTIVES
+
 COLORS = {"bfloat16": "#E69F00", "float32": "#0072B2"}
-PEERS = ("flax", "normjax")
 
 
 def moved(figures: dict[str, Any]) -> int:
@@ -37,7 +38,7 @@ def failures(results: dict[str, Any], sections: Sequence[str]) -> list[str]:
 def tables(results: dict[str, Any], sections: Sequence[str]) -> None:
     """Prints the tables of some sections, and what did not compile."""
     console = Console(width=None if sys.stdout.isatty() else 180)
-    shows = {"layers": _layers}
+    shows = {"layers": _layers, "networks": _networks, "pods": _pods}
     for section in sections:
         for topology, found in results.items():
             rows = [row for row in found.get(section, {"rows": ()})["rows"] if "note" not in row]
@@ -67,27 +68,89 @@ def _layers(topology, rows):
         right + ["on the chip too"] * chip,
     )
 
-    def both(row, cell):
-        ours, theirs = (cell(row["programs"][peer]) for peer in ("normjax", "flax"))
-        return f"{ours} ({theirs})"
-
-    def each(row, number):
-        return both(row, lambda program: "/".join(number(program[name]) for name in names))
-
     for row in rows:
-        size = row["input"]
-        cells = [
-            f"{units(row, 'normjax', name):.1f} ({units(row, 'flax', name):.1f}, {least})"
-            for name, least in row["bound"].items()
-        ]
-        cells.append(each(row, lambda figures: str(figures["kernels"])))
-        cells.append(both(row, lambda program: f"{program['kept'] / size:.2f}"))
-        most = lambda program: max(program[name]["temporaries"] for name in names)
-        cells.append(both(row, lambda program: f"{most(program) / size:.2f}"))
-        if chip:
-            cells.append(each(row, lambda figures: f"{figures['accessed'] / size:.0f}"))
-        table.add_row(row["method"], "x".join(map(str, row["shape"])), row["dtype"], *cells)
+        columns = []
+        for peer in ("normjax", "flax"):
+            program, size = row["programs"][peer], row["input"]
+            each = [program[name] for name in names]
+            column = [f"{moved(figures) / size:.1f}" for figures in each]
+            column.append("/".join(str(figures["kernels"]) for figures in each))
+            column.append(f"{program['kept'] / size:.2f}")
+            column.append(f"{max(figures['temporaries'] for figures in each) / size:.2f}")
+            if chip:
+                column.append("/".join(f"{figures['accessed'] / size:.0f}" for figures in each))
+            columns.append(column)
+        least = [f", {least}" for least in row["bound"].values()] + [""] * len(columns[0])
+        cells = [f"{a} ({b}{c})" for a, b, c in zip(*columns, least, strict=False)]
+        table.add_row(row["method"], size_text(row), row["dtype"], *cells)
     return table
+
+
+def size_text(row: dict[str, Any]) -> str:
+    """The shape of the input of a layer."""
+    return "x".join(map(str, row["shape"]))
+
+
+def _networks(topology, rows):
+    right = ("GiB in memory", "/ flax", "temporaries, MiB", "/ flax", "kernels", "estimated / flax")
+    table = _table(f"{topology}: a training step", ("network", "norms"), right)
+    for row, ratios in zip(rows, over_flax(rows), strict=True):
+        table.add_row(
+            row["network"],
+            row["norms"],
+            f"{moved(row) / 2**30:.2f}",
+            ratios["moved"],
+            f"{row['temporaries'] / 2**20:.0f}",
+            ratios["temporaries"],
+            str(row["kernels"]),
+            ratios["seconds"],
+        )
+    return table
+
+
+def over_flax(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Figures of networks, over those of the network with the norms of Flax.
+
+    Empty where one of the two is not known.
+    """
+    known = [{"moved": moved(row), **row} for row in rows]
+    base = {row["network"]: row for row in known if row["norms"] == "flax"}
+    ratio = lambda a, b: f"{a / b:.2f}" if a and b else ""
+    names = ("moved", "temporaries", "kernels", "seconds")
+    return [
+        {n: ratio(row.get(n), base.get(row["network"], {}).get(n)) for n in names} for row in known
+    ]
+
+
+def _pods(topology, rows):
+    names = [kind for kind in COLLECTIVES if any(kind in kinds(row) for row in rows)]
+    table = _table(
+        f"{topology}: operations between chips / arrays / KiB by chip, normjax (flax)",
+        ("slice", "arrays sharded", "norm"),
+        names,
+    )
+    for row in rows:
+        cells = [collectives(row, name) for name in names]
+        table.add_row(row["slice"], row["layout"], row["norm"], *cells)
+    return table
+
+
+def kinds(row: dict[str, Any]) -> set[str]:
+    """Of the operations between chips in the programs of a row."""
+    return {kind for program in row["programs"].values() for kind in program["collectives"]}
+
+
+def collectives(row: dict[str, Any], kind: str) -> str:
+    """Operations, arrays and KiB of one kind in the program of normjax, in brackets those of Flax.
+
+    Empty if there are none.
+    """
+    found = []
+    for peer in ("normjax", "flax"):
+        has = row["programs"][peer]["collectives"].get(kind)
+        text = "{operations} / {operands} / {0:.0f}"
+        found.append(text.format(has["bytes"] / 1024, **has) if has else "0")
+    return "" if found == ["0", "0"] else "{} ({})".format(*found)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -102,8 +165,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure = Figure((3 + 3 * len(found), 0.24 * len(rows) + 1.8), layout="constrained")
     columns = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for axes, (topology, rows) in zip(columns, found.items(), strict=True):
-        labels = [f"{r['method']}  {'x'.join(map(str, r['shape']))}  {r['dtype']}" for r in rows]
-        values = {peer: [units(r, peer, "residuals", "backward") for r in rows] for peer in PEERS}
+        labels = [f"{r['method']}  {size_text(r)}  {r['dtype']}" for r in rows]
+        values = {
+            peer: [units(r, peer, "residuals", "backward") for r in rows]
+            for peer in ("flax", "normjax")
+        }
         axes.barh(labels, values["flax"], color="#dddddd", height=0.8, label="flax.linen")
         axes.barh(
             labels,

@@ -189,8 +189,8 @@ def _updated(module, one, opcode, place, arguments):
         return arguments[1].elements
     if opcode != "fusion":
         return math.inf
-    inner = module.computations[one.called("calls")[0]].instructions
-    root = inner[module.computations[one.called("calls")[0]].root]
+    called = module.computations[one.called("calls")[0]]
+    inner, root = called.instructions, called.instructions[called.root]
     if root.opcode == "tuple":
         root = inner[root.operands[place]]
     while root.opcode == "bitcast":
@@ -203,14 +203,11 @@ def _updated(module, one, opcode, place, arguments):
 def _collectives(module, one, opcode, arguments):
     """Operations between devices, with the number and the bytes of their operands."""
     if opcode == "fusion":
-        inside = [module.computations[name] for name in one.called("calls")]
+        inner = module.computations[one.called("calls")[0]].instructions
         found: Counter[str] = Counter()
-        for inner in inside:
-            for each in inner.instructions.values():
-                shapes = [
-                    inner.instructions[n].shape for n in each.operands if n in inner.instructions
-                ]
-                found.update(_collectives(module, each, each.opcode.removesuffix("-start"), shapes))
+        for each in inner.values():
+            shapes = [inner[name].shape for name in each.operands if name in inner]
+            found.update(_collectives(module, each, each.opcode.removesuffix("-start"), shapes))
         return found
     if opcode not in COLLECTIVES:
         return Counter()
