@@ -90,7 +90,10 @@ def run(target: Target, options: argparse.Namespace) -> dict[str, Any]:
     from rich.progress import Progress
 
     file = options.output / target.file
-    results = json.loads(file.read_text()) if file.exists() else {"topology": target.name}
+    results: dict[str, Any] = {"topology": target.name}
+    if file.exists():
+        results = json.loads(file.read_text())
+    rows: list[dict[str, Any]] = []
     with Progress(transient=True) as progress:
         task = progress.add_task(target.name)
         for kind, *content in work.messages(target, options):

@@ -15,7 +15,7 @@ from benchmarks.compilers.targets import Compiler, placed
 INSIDE = "normjax, inside"  # the activation behind a norm is part of it
 PLAIN_ARMS = ("flax", "normjax")
 ARMS = (*PLAIN_ARMS, INSIDE)
-BFLOAT16 = {"dtype": jnp.bfloat16}
+BFLOAT16: dict[str, Any] = {"dtype": jnp.bfloat16}
 RECOMPUTED = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 Step = tuple[Callable, tuple[Any, ...]]  # function and shapes of its arguments
 

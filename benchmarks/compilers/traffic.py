@@ -23,6 +23,7 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
+MEASURES = ("operations", "operands", "bytes")
 SLICES = {"slice", "dynamic-slice", "gather"}
 VIEWS = {"bitcast", "convert", "copy", "reshape", "transpose"}  # element by element
 
@@ -67,16 +68,13 @@ def count(text: str) -> Traffic:
     """
     module = parse(text)
     total = _computation(module, module.entry)
-    numbers = (total[name] for name in ("read", "written", "workspace", "kernels"))
-    measures = ("operations", "operands", "bytes")
-    return Traffic(
-        *numbers,
-        {
-            kind: {measure: total[f"{kind} {measure}"] for measure in measures}
-            for kind in COLLECTIVES
-            if total[f"{kind} operations"]
-        },
-    )
+    collectives = {
+        kind: {measure: total[f"{kind} {measure}"] for measure in MEASURES}
+        for kind in COLLECTIVES
+        if total[f"{kind} operations"]
+    }
+    numbers = {name: total[name] for name in ("read", "written", "workspace", "kernels")}
+    return Traffic(**numbers, collectives=collectives)
 
 
 def _computation(module: Module, name: str) -> Counter[str]:
@@ -212,13 +210,8 @@ def _collectives(module, one, opcode, arguments):
     if opcode not in COLLECTIVES:
         return Counter()
     operands = [array for shape in arguments for array in _leaves(shape)]
-    return Counter(
-        {
-            f"{opcode} operations": 1,
-            f"{opcode} operands": len(operands),
-            f"{opcode} bytes": sum(array.bytes for array in operands),
-        }
-    )
+    numbers = (1, len(operands), sum(array.bytes for array in operands))
+    return Counter({f"{opcode} {m}": n for m, n in zip(MEASURES, numbers, strict=True)})
 
 
 def trips(module: Module, computation: Computation, loop: Instruction) -> int:
@@ -249,13 +242,19 @@ def _counted(module, computation, loop):
     place = re.search(r"index=(\d+)", counter.attributes)
     if counter.opcode != "get-tuple-element" or place is None:
         return None
+    carried = (computation, loop.operands[0]), (body, body.root)
+    tuples = [where.instructions[name] for where, name in carried]
+    if any(one.opcode != "tuple" for one in tuples):
+        return None
     entering, after = (
-        _source(where, where.instructions[name].operands[int(place[1])])
-        for where, name in ((computation, loop.operands[0]), (body, body.root))
+        _source(where, one.operands[int(place[1])])
+        for (where, _), one in zip(carried, tuples, strict=True)
     )
+    if after.opcode != "add":
+        return None
     steps = [_constant(_source(body, name)) for name in after.operands]
     first, last, step = _constant(entering), _constant(bound), sum(n or 0 for n in steps)
-    if after.opcode != "add" or first is None or last is None or step < 1:
+    if first is None or last is None or step < 1:
         return None
     return max(0, -(-(last + (direction[1] == "LE") - first) // step))
 
@@ -269,4 +268,5 @@ def _source(computation, name):
 
 
 def _constant(one):
-    return int(one.operands[0]) if one.opcode == "constant" and len(one.operands) == 1 else None
+    whole = one.opcode == "constant" and re.fullmatch(r"-?\d+", one.operands[0])
+    return int(one.operands[0]) if whole else None
