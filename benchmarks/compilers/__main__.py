@@ -36,14 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"compilers: left out: {sentence}", file=sys.stderr)
                 continue
             results[name] = run(target, options)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         print(f"compilers: {error}", file=sys.stderr)
         return 2
     if not results:
         return 2
     show.tables(results, options.only)
     if "layers" in options.only:
-        show.plot(results, options.output / "layers.png")
+        known = {name: stored(Target(name), options) for name in (*DEFAULTS, *results)}
+        show.plot({n: r for n, r in known.items() if "layers" in r}, options.output / "layers.png")
     print(f"Written to {options.output}")
     return 1 if show.failures(results, options.only) else 0
 
@@ -89,10 +90,7 @@ def run(target: Target, options: argparse.Namespace) -> dict[str, Any]:
     """
     from rich.progress import Progress
 
-    file = options.output / target.file
-    results: dict[str, Any] = {"topology": target.name}
-    if file.exists():
-        results = json.loads(file.read_text())
+    file, results = options.output / target.file, stored(target, options)
     rows: list[dict[str, Any]] = []
     with Progress(transient=True) as progress:
         task = progress.add_task(target.name)
@@ -110,6 +108,12 @@ def run(target: Target, options: argparse.Namespace) -> dict[str, Any]:
                     machine.write(results, file)
                     progress.advance(task)
     return results
+
+
+def stored(target: Target, options: argparse.Namespace) -> dict[str, Any]:
+    """What the file of a topology has."""
+    file = options.output / target.file
+    return json.loads(file.read_text()) if file.exists() else {"topology": target.name}
 
 
 if __name__ == "__main__":

@@ -45,13 +45,13 @@ def bound(method: str) -> dict[str, int]:
 
     Where the values of one statistic fit on the chip, x is read once, and y or dx written. Where
     they cross samples, x is read for the statistics, and x and the cotangent for their sums, first.
-    In one program that knows the cotangent, these sums are taken while y is written.
+    One program that knows the cotangent takes all sums in one read, then writes y and dx.
 
     Example:
       >>> bound("BatchNorm")
-      {'forward': 3, 'residuals': 3, 'backward': 5, 'both': 7}
+      {'forward': 3, 'residuals': 3, 'backward': 5, 'both': 6}
     """
-    least = (2, 2, 3, 4) if method in SINGLE else (3, 3, 5, 7)
+    least = (2, 2, 3, 4) if method in SINGLE else (3, 3, 5, 6)
     return dict(zip(PASSES, least, strict=True))
 
 

@@ -37,7 +37,7 @@ def failures(results: dict[str, Any], sections: Sequence[str]) -> list[str]:
 
 def tables(results: dict[str, Any], sections: Sequence[str]) -> None:
     """Prints the tables of some sections, and what did not compile."""
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     shows = {"layers": _layers, "networks": _networks, "pods": _pods}
     for section in sections:
         for topology, found in results.items():
@@ -65,7 +65,7 @@ def _layers(topology, rows):
     table = _table(
         f"{topology}: bytes in memory / bytes of the input: normjax (flax, bound)",
         ("method", "input", "dtype"),
-        right + ["on the chip too"] * chip,
+        right + ["with the chip"] * chip,
     )
 
     for row in rows:
