@@ -12,6 +12,7 @@ from rich.table import Table
 from benchmarks.compilers.traffic import COLLECTIVES
 
 COLORS = {"bfloat16": "#E69F00", "float32": "#0072B2"}
+GREY = "#dddddd"
 
 
 def moved(figures: dict[str, Any]) -> int:
@@ -156,7 +157,9 @@ def collectives(row: dict[str, Any], kind: str) -> str:
 def plot(results: dict[str, Any], path: Path) -> None:
     """Bytes of forward pass with residuals and backward pass, by topology, method and input."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
+    bounds = []
     found = {
         topology: [row for row in result["layers"]["rows"] if "note" not in row][::-1]
         for topology, result in results.items()
@@ -170,23 +173,23 @@ def plot(results: dict[str, Any], path: Path) -> None:
             peer: [units(r, peer, "residuals", "backward") for r in rows]
             for peer in ("flax", "normjax")
         }
-        axes.barh(labels, values["flax"], color="#dddddd", height=0.8, label="flax.linen")
+        axes.barh(labels, values["flax"], color=GREY, height=0.8)
         axes.barh(
             labels,
             values["normjax"],
             color=[COLORS[row["dtype"]] for row in rows],
             height=0.45,
-            label="normjax",
         )
         least = [row["bound"]["residuals"] + row["bound"]["backward"] for row in rows]
-        axes.plot(least, labels, "k|", markersize=8, label="bound")
+        bounds = axes.plot(least, labels, "k|", markersize=8, label="bound")
         axes.set_title(topology, loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.01)
     figure.supxlabel(
         "bytes moved in memory, forward with residuals + backward / bytes of the input"
     )
-    handles, names = columns[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper right", ncols=3, frameon=False)
+    shown = [Patch(color=color, label=f"normjax, {name}") for name, color in COLORS.items()]
+    shown += [Patch(color=GREY, label="flax.linen"), *bounds]
+    figure.legend(handles=shown, loc="outside upper right", ncols=len(shown), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
