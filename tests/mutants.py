@@ -33,7 +33,9 @@ def some(file, words):
     return f"tests/{file}", "-k", words
 
 
-PASSES, LINEAR, CPU = (f"normjax/core/{name}.py" for name in ("passes", "linear", "cpu"))
+PASSES, LINEAR, CPU, GPU, VARIANCE = (
+    f"normjax/core/{name}.py" for name in ("passes", "linear", "cpu", "gpu", "variance")
+)
 PLACES, STATISTICS, RUNNING = (
     f"normjax/core/{name}.py" for name in ("sharding", "statistics", "running")
 )
@@ -99,7 +101,7 @@ OF_PASSES = {
         adjoint("moments, mask"),
     ),
     "tangent of the variance not doubled": Mutant(
-        PASSES, "dvar = 2 * _average(", "dvar = _average(", adjoint("moments")
+        PASSES, "dvar = 2 * average(", "dvar = average(", adjoint("moments")
     ),
     "cotangent of the mean square not masked": Mutant(
         PASSES,
@@ -109,18 +111,18 @@ OF_PASSES = {
     ),
     "tangent of the mean dropped": Mutant(
         PASSES,
-        "return align(_average(widen(dx), mask, n, how), dvar)",
+        "return align(average(widen(dx), mask, n, how), dvar)",
         "return align(jnp.zeros_like(dvar), dvar)",
         adjoint("moments"),
     ),
     "variance as mean square less squared mean": Mutant(
-        PASSES,
-        "return mean, _pool(square, channel_groups) / n",
-        "return mean, _average(jnp.square(widen(x)), mask, n, how) - jnp.square(mean)",
+        VARIANCE,
+        "return mean, pool(square, channel_groups) / n",
+        "return mean, average(jnp.square(widen(x)), mask, n, how) - jnp.square(mean)",
         contract("BatchNorm-numbers"),
     ),
     "mask forgotten in the sum of squares": Mutant(
-        PASSES,
+        VARIANCE,
         "return keep(mask, jnp.square(widen(x) - centre))",
         "return jnp.square(widen(x) - centre)",
         contract("BatchNorm-masks"),
@@ -132,19 +134,55 @@ OF_PASSES = {
         contract("BatchNorm-masks"),
     ),
     "sums not over the group of channels": Mutant(
-        PASSES,
-        "return _pool(jnp.sum(keep(mask, a), axes, keepdims=True), channel_groups) / n",
+        VARIANCE,
+        "return pool(jnp.sum(keep(mask, a), axes, keepdims=True), channel_groups) / n",
         "return jnp.sum(keep(mask, a), axes, keepdims=True) / n",
         some("methods/test_group.py", "GroupNormTest and test_oracle"),
     ),
+    "the centre's gap is forgotten": Mutant(
+        VARIANCE,
+        "pool(square, channel_groups) / n - jnp.square(gap), 0)",
+        "pool(square, channel_groups) / n, 0)",
+        some("test_variance.py", "exact_in_float32 and share"),
+    ),
+    "a masked share is trusted": Mutant(
+        VARIANCE,
+        "if mask is not None or cuts is None or rows:",
+        "if cuts is None or rows:",
+        some("test_variance.py", "exact_in_float32 and share"),
+    ),
+    "cancellation is not mended": Mutant(
+        VARIANCE,
+        "~(jnp.square(mean) <= NEAR * var)",
+        "~(jnp.square(mean) <= 1e6 * var)",
+        some("test_variance.py", "exact_in_float32 and zero"),
+    ),
+    "the loop forgets the mask": Mutant(
+        VARIANCE,
+        "shifted = keep(valid, widen(at(x)) - centre)",
+        "shifted = widen(at(x)) - centre",
+        some("test_variance.py", "exact_in_float32 and zero"),
+    ),
+    "the loop leaves out a block": Mutant(
+        VARIANCE,
+        "needed & (c[0] < blocks)",
+        "needed & (c[0] < blocks - 1)",
+        some("test_variance.py", "exact_in_float32 and zero"),
+    ),
+    "pairs of sums: one kernel forgets the first part": Mutant(
+        GPU,
+        "tuple(p + q for p, q in zip(a, b, strict=True))",
+        "(a[0] + b[0], b[1])",
+        some("test_variance.py", "exact_in_float32 and share"),
+    ),
     "pool of channels is their mean": Mutant(
-        PASSES,
+        VARIANCE,
         "parts.sum(-1, keepdims=True)",
         "parts.mean(-1, keepdims=True)",
         some("methods/test_group.py", "GroupNormTest and mask"),
     ),
     "half precision not widened": Mutant(
-        PASSES, "return x.astype(wide(x.dtype))", "return x", contract("BatchNorm-numbers")
+        VARIANCE, "return x.astype(wide(x.dtype))", "return x", contract("BatchNorm-numbers")
     ),
     "carrier not widened": Mutant(
         PASSES,
@@ -223,8 +261,8 @@ OF_PASSES = {
     ),
     "relu lets the cotangent of negative numbers through": Mutant(
         PASSES,
-        "return h * lax.stop_gradient(step)",
-        "return h * lax.stop_gradient(1 - step)",
+        "return h * positive(lax.stop_gradient(z), zero)",
+        "return h * (1 - positive(lax.stop_gradient(z), zero))",
         adjoint("affine, relu"),
     ),
 }
@@ -268,8 +306,8 @@ OF_PROGRAMS = {
     ),
     "batched sums over the axis before": Mutant(
         CPU,
-        "tuple(i + 1 for i in axes), *arrays)",
-        "tuple(axes), *arrays)",
+        "tuple(i + 1 for i in axes), *at_front(",
+        "tuple(axes), *at_front(",
         some("test_sums.py", "does_not_see_the_mapped_array"),
     ),
     "bfloat16 truncated": Mutant(
@@ -286,8 +324,8 @@ OF_PROGRAMS = {
     ),
     "sums of a divided program as on one device": Mutant(
         COMPAT,
-        "on_cpu(*program)",
-        "on_cpu(True, program[1])",
+        "on(*program)",
+        "on(True, program[1])",
         some("test_sums.py", "one_message or put_together"),
     ),
     "a missing internal is not told": Mutant(

@@ -68,17 +68,24 @@ def test_derivatives_leak_no_tracer(names):
 
 
 @EVERY
-def test_evaluation_holds_primitives_of_jax_alone(case):
+def test_evaluation_holds_primitives_of_jax_alone_but_for_moments(case):
     run = functools.partial(case.apply, train=False)
     found = primitives(run, *case.variables(), case.inputs())
-    assert found and not any("normjax" in name for name in found), found
+    own = {"normjax_moments"} if takes_moments(case.method) else set()
+    assert {name for name in found if "normjax" in name} <= own
 
 
-def test_norms_without_statistics_hold_primitives_of_jax_alone_in_training_too():
+def takes_moments(method):
+    """Whether evaluation takes moments of its input."""
+    kinds = nj.LayerNorm, nj.GroupNorm, nj.InstanceNorm, nj.EvalNorm
+    return any(isinstance(m, kinds) for m in (method, *parts(method)))
+
+
+def test_norms_without_state_are_the_same_programs_in_training():
     for name in STATELESS:
         case = CASES[name]
         found = primitives(case.apply, *case.variables(), case.inputs())
-        assert not any("normjax" in primitive for primitive in found), (name, found)
+        assert {name for name in found if "normjax" in name} <= {"normjax_moments"}
 
 
 @EVERY
@@ -98,6 +105,7 @@ def test_symbolic_sizes_are_exported(case):
     for train in (True, False):
         run = lambda *a, train=train: case.apply(*a, train=train)
         made = export.export(jax.jit(run))(params, state, x, mask)
+        export.export(jax.jit(run), platforms=("cuda", "tpu"))(params, state, x, mask)
         export.export(jax.jit(lambda *a, run=run: run(*a)[0]))(params, state, x)
         if train and case in COMPARED:
             given = params, state, case.inputs(), case.rows()

@@ -21,9 +21,10 @@ PACKAGE = ROOT / "normjax"
 LAYERS = [
     ["core.structs", "core.compat"],
     ["core.checks", "core.sharding"],
+    ["core.gpu", "core.groups"],
     ["core.cpu", "core.method", "core.statistics"],
     ["core.fields", "core.linear", "core.tracing"],
-    ["core.groups", "core.roots"],
+    ["core.variance", "core.roots"],
     ["core.passes", "core.running"],
     ["core.seam"],
     ["core.__init__"],

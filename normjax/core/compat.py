@@ -95,12 +95,14 @@ def register(
     jvp: Callable | None = None,
     transpose: Callable | None = None,
     on_cpu: Callable[[bool, bool], Callable] | None = None,
+    on_gpu: Callable[[bool, bool], Callable] | None = None,
+    on_tpu: Callable[[bool, bool], Callable] | None = None,
 ) -> Callable:
     """A function that binds a new primitive with these rules, or `evaluate` where JAX refuses.
 
     `evaluate` returns a list. `on_cpu(alone, exported)` gives the function that stands for it in
-    programs for CPUs. `alone`: nobody divides its arrays, be the program for one device or, for
-    each device, what shard_map gives it.
+    programs for CPUs, and so on. `alone`: nobody divides its arrays, be the program for one device
+    or, for each device, what shard_map gives it.
     """
     if not HAS_PRIMITIVES:
         return evaluate
@@ -115,15 +117,16 @@ def register(
         if transpose is not None:
             primitive_transposes[primitive] = transpose
         register_lowering(primitive, lower_fun(evaluate, multiple_results=True))
-        if on_cpu is not None:
-            register_lowering(primitive, functools.partial(_lower, on_cpu), platform="cpu")
+        for platform, on in (("cpu", on_cpu), ("gpu", on_gpu), ("tpu", on_tpu)):
+            if on is not None:
+                register_lowering(primitive, functools.partial(_lower, on), platform=platform)
         return primitive.bind
     except Exception as error:
         _without(error, AUTODIFF)
         return evaluate
 
 
-def _lower(on_cpu, context, *args, **params):
+def _lower(on, context, *args, **params):
     try:
         module = context.module_context
         axes = module.axis_context
@@ -133,7 +136,7 @@ def _lower(on_cpu, context, *args, **params):
     except AttributeError as error:
         _without(error, "sums and transforms take longer on CPUs")
         program = False, True
-    return lower_fun(on_cpu(*program), multiple_results=True)(context, *args, **params)
+    return lower_fun(on(*program), multiple_results=True)(context, *args, **params)
 
 
 def kind(a: Any) -> Any:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normjax.core import compat
+from normjax.core import compat, gpu
 from normjax.core.compat import is_plain
 from normjax.core.sharding import align, spec
 
@@ -52,23 +52,25 @@ def is_unfenced() -> bool:
     return _unfenced.get() or is_plain()
 
 
-def fence(*arrays: jax.Array) -> list[jax.Array]:
+def fence(*arrays: jax.Array, last: bool = False) -> list[jax.Array]:
     """The inputs of one pass, unchanged.
 
     On CPU, XLA shares what two passes could each recompute (a converted or centred activation) and
     so writes it out; an optimization barrier around all inputs of each pass keeps the passes apart.
-    Other platforms fuse passes with one another and get none.
+    On GPU so are, by their small inputs, the `last` pass and those before it. The TPU compiler
+    fuses passes with one another and gets none.
     """
-    return list(arrays) if is_unfenced() else _bind_fence(*arrays)
+    return list(arrays) if is_unfenced() else _bind_fence(*arrays, last=last)
 
 
 _bind_fence = compat.register(
     "normjax_fence",
-    lambda *arrays: list(arrays),
-    abstract=lambda *avals: list(avals),
-    jvp=lambda primals, tangents: (_bind_fence(*primals), list(tangents)),
-    batch=lambda arrays, dims: (_bind_fence(*arrays), dims),
-    on_cpu=lambda *_: lambda *arrays: lax.optimization_barrier(list(arrays)),
+    lambda *arrays, last: list(arrays),
+    abstract=lambda *avals, last: list(avals),
+    jvp=lambda primals, tangents, last: (_bind_fence(*primals, last=last), list(tangents)),
+    batch=lambda arrays, dims, last: (_bind_fence(*arrays, last=last), dims),
+    on_cpu=lambda *_: lambda *arrays, last: lax.optimization_barrier(list(arrays)),
+    on_gpu=lambda *_: lambda *arrays, last: gpu.fence_small(*arrays) if last else list(arrays),
 )
 
 
@@ -114,6 +116,10 @@ def _number(fun, arrays):
 
 def _sums(*arrays, fun, axes):
     return [jnp.sum(a, axes, keepdims=True) for a in _values(fun, arrays)]
+
+
+def _sum_on_one_gpu(*arrays, fun, axes):
+    return gpu.sums(_values(fun, arrays), axes)
 
 
 def _sum_on_one_device(*arrays, fun, axes):
@@ -215,12 +221,16 @@ def _sums_jvp(primals, tangents, **static):
     return _bind_sums(*primals, **static), jax.jvp(of_moved, *given)[1]
 
 
-def _sums_batch(arrays, dims, *, fun, axes):
-    arrays = [
+def at_front(arrays: Any, dims: Any) -> list[jax.Array]:
+    """Arrays of one rank with their mapped axis, or one of size one, first."""
+    return [
         jnp.expand_dims(a, 0) if d is None else jnp.moveaxis(a, d, 0)
         for a, d in zip(arrays, dims, strict=True)
     ]
-    out = sums_of(fun, tuple(i + 1 for i in axes), *arrays)
+
+
+def _sums_batch(arrays, dims, *, fun, axes):
+    out = sums_of(fun, tuple(i + 1 for i in axes), *at_front(arrays, dims))
     return out, [0] * len(out)
 
 
@@ -235,6 +245,33 @@ _bind_sums = compat.register(
     on_cpu=lambda alone, _: (
         _sum_on_one_device if alone else functools.partial(_sum_separately, _sums)
     ),
+    on_gpu=lambda alone, _: _sum_on_one_gpu if alone else _sums,
+)
+
+
+def positive(z: jax.Array, zero: jax.Array) -> jax.Array:
+    """One where `z` is positive, else zero, in its dtype; not differentiated.
+
+    On CPU by operations that XLA fuses into sums. A comparison it would write out, and so it would
+    constants that several passes share: hence `zero`, which broadcasts to `z`, is an input.
+    """
+    return _step(z, zero)[0] if is_unfenced() else _bind_step(*align(z, zero))[0]
+
+
+def _step(z, zero):
+    return [(z > 0).astype(z.dtype)]
+
+
+def _ratio(z, zero):
+    return [jnp.maximum(z, zero) / jnp.maximum(z, zero + 1e-37)]
+
+
+_bind_step = compat.register(
+    "normjax_step",
+    _step,
+    abstract=lambda z, zero: [z],
+    batch=lambda arrays, dims: (_bind_step(*at_front(arrays, dims)), [0]),
+    on_cpu=lambda *_: _ratio,
 )
 
 

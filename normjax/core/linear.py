@@ -47,7 +47,7 @@ def differentiated(
 
     The pass takes arrays, None or `Input` (of which it sees the value), then `static` hashable
     arguments; the first `moving` arrays (None: all) are differentiated. Undifferentiated, and not
-    in training, it holds JAX's own primitives only. (Under `vmap` JAX takes for granted that a
+    in training, it holds what the function holds. (Under `vmap` JAX takes for granted that a
     function and its rule leave the mapped axis at the same place: batching rules of `core.cpu` are
     those of the operations that they stand for.)
 

@@ -24,23 +24,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normjax.core import checks, groups
-from normjax.core.cpu import fence, sums_of
+from normjax.core import checks
+from normjax.core.cpu import fence, positive, sums_of
 from normjax.core.linear import Input, differentiated
 from normjax.core.method import Normalizer
 from normjax.core.sharding import align, place_like, spec
 from normjax.core.statistics import Moments
 from normjax.core.structs import Mask
-
-
-def wide(dtype: Any) -> Any:
-    """The dtype of statistics and arithmetic for an input of `dtype`."""
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """`x` in at least float32; float32 and float64 stay as they are."""
-    return x.astype(wide(x.dtype))
+from normjax.core.variance import average, keep, mean_and_variance, pool, wide, widen
 
 
 def as_wide(x: jax.Array | Input, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -66,11 +57,6 @@ def carried(x: jax.Array | Input) -> Input:
 def value(x: Any) -> jax.Array:
     """The activation of an `Input`, in its own shape and dtype, without the carrier."""
     return x.value
-
-
-def keep(mask: Mask, x: jax.Array) -> jax.Array:
-    """`x` where `mask` (None: everywhere), else zero; linear in `x` and its own transpose."""
-    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
 @differentiated(
@@ -105,7 +91,7 @@ def moments(
         kept = x.ndim - 1 if channel_groups else None
         shape = [n if i in (*axes, kept) else mask.shape[i] for i, n in enumerate(x.shape)]
         count = jnp.sum(jnp.broadcast_to(mask, shape), axes, dtype=dtype, keepdims=True)
-    count = _pool(count, channel_groups)
+    count = pool(count, channel_groups)
     how, n = (axes, channel_groups), jnp.maximum(count, 1)
     if centred:
         mean, var = _mean_var(carried(x), mask, n, how)
@@ -115,33 +101,15 @@ def moments(
     return Moments(jnp.broadcast_to(count, mean.shape), *align(mean, var))
 
 
-def _pool(a, channel_groups):
-    """Sums over groups of the last axis, repeated for every member: its own transpose."""
-    if channel_groups is None:
-        return a
-    parts = groups.split(a, a.ndim - 1, channel_groups)
-    total = jnp.broadcast_to(parts.sum(-1, keepdims=True), parts.shape)
-    return groups.join(total, a.ndim - 1, like=a)
-
-
-def _average(a, mask, n, how):
-    axes, channel_groups = how
-    return _pool(jnp.sum(keep(mask, a), axes, keepdims=True), channel_groups) / n
-
-
-def _square(x, centre, mask=None):
-    return keep(mask, jnp.square(widen(x) - centre))
-
-
 def _mean_var_tangent(how, saved, tangents):
     (x, mean, mask, n), (dx,) = saved, tangents
-    dvar = 2 * _average((widen(x) - mean) * widen(dx), mask, n, how)
-    return align(_average(widen(dx), mask, n, how), dvar)
+    dvar = 2 * average((widen(x) - mean) * widen(dx), mask, n, how)
+    return align(average(widen(dx), mask, n, how), dvar)
 
 
 def _mean_var_transpose(how, saved, cotangents):
     x, mean, mask, n = saved
-    shift, slope = (_pool(c / n, how[1]) for c in cotangents)
+    shift, slope = (pool(c / n, how[1]) for c in cotangents)
     x, mean, shift, slope = fence(x, mean, shift, 2 * slope)
     return (keep(mask, (widen(x) - mean) * slope + shift),)
 
@@ -154,27 +122,23 @@ def _mean_var_transpose(how, saved, cotangents):
     saves=lambda out, x, mask, n, how: (x, out[0], mask, n),
 )
 def _mean_var(x, mask, n, how):
-    axes, channel_groups = how
-    mean = _average(widen(*fence(x)), mask, n, how)
-    valid = () if mask is None else (mask,)
-    (square,) = sums_of(_square, axes, *fence(x, mean, *valid))
-    return mean, _pool(square, channel_groups) / n
+    return mean_and_variance(x, mask, n, how)
 
 
 def _mean_square_tangent(how, saved, tangents):
     (x, mask, n), (dx,) = saved, tangents
-    return 2 * _average(widen(x) * widen(dx), mask, n, how)
+    return 2 * average(widen(x) * widen(dx), mask, n, how)
 
 
 def _mean_square_transpose(how, saved, g):
     x, mask, n = saved
-    x, slope = fence(x, 2 * _pool(g / n, how[1]))
+    x, slope = fence(x, 2 * pool(g / n, how[1]))
     return (keep(mask, widen(x) * slope),)
 
 
 @differentiated(_mean_square_tangent, _mean_square_transpose, static=1, moving=1)
 def _mean_square(x, mask, n, how):
-    return _average(jnp.square(widen(*fence(x))), mask, n, how)
+    return average(jnp.square(widen(*fence(x))), mask, n, how)
 
 
 @differentiated(
@@ -292,10 +256,7 @@ def activation_cotangent(
     if activation is None:
         return h
     if activation is jax.nn.relu:
-        # Zero or one by operations that XLA on CPU fuses into sums; a select it would write out,
-        # and so it would constants that several passes share: hence each pass its own `zero`.
-        step = jnp.maximum(z, zero) / jnp.maximum(z, zero + 1e-37)
-        return h * lax.stop_gradient(step)
+        return h * positive(lax.stop_gradient(z), zero)
     return jax.vjp(activation, z)[1](h)[0]
 
 
@@ -318,7 +279,7 @@ def _affine_transpose(activation, _, saved, g):
 
     whole = (g, *saved, zero)
     total, slope = _totals(both, activation, zero.shape, *whole)
-    *whole, _ = fence(*whole, slope)
+    *whole, _ = fence(*whole, slope, last=True)
     dx = both(*whole)[0] * whole[3]
     totals = -total * small[1], slope, total
     return dx, *(_sum_to(a, b.shape) for a, b in zip(totals, small, strict=True))

@@ -1,0 +1,179 @@
+"""Mean and variance of an activation: exact at any offset, in the passes that a compiler needs.
+
+Two passes: mean = sum(x) / n, var = sum((x - mean)^2) / n. XLA's CPU compiler makes one sum of one
+read in any case; its GPU compiler reads rows once for all that is done with them.
+
+One read, for the rest on GPU: sums about a centre k, the mean of a share f of all positions, with
+d = x - k: mean = k + sum(d) / n, var = sum(d^2) / n - (sum(d) / n)^2. For any data (k - mean)^2 is
+at most (1 / f - 1) var (Cauchy-Schwarz), so that cancellation costs 1 / f roundings at most.
+
+One read, on TPU: sums about zero, which its compiler joins to the operation that makes x (a
+convolution), masked positions being zero. Where mean^2 > NEAR var for any of them, and the
+difference of squares would be inexact, a loop that else runs no times sums about the mean, in
+blocks.
+"""
+
+import contextlib
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from normjax.core import compat, gpu, groups
+from normjax.core.compat import is_plain
+from normjax.core.cpu import at_front, fence, is_unfenced, sums_of, unfenced
+from normjax.core.sharding import align, spec
+from normjax.core.structs import Mask
+
+SHARE = 64  # the centre is the mean of one in so many positions
+NEAR = 64  # cancellation in the variance costs at most so many roundings
+BLOCKS = 32  # of the loop
+
+How = tuple[tuple[int, ...], int | None]  # reduced axes, and groups of the last axis
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype of statistics and arithmetic for an input of `dtype`."""
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """`x` in at least float32; float32 and float64 stay as they are."""
+    return x.astype(wide(x.dtype))
+
+
+def keep(mask: Mask, x: jax.Array) -> jax.Array:
+    """`x` where `mask` (None: everywhere), else zero; linear in `x` and its own transpose."""
+    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def pool(a: jax.Array, channel_groups: int | None) -> jax.Array:
+    """Sums over groups of the last axis, repeated for every member: its own transpose."""
+    if channel_groups is None:
+        return a
+    parts = groups.split(a, a.ndim - 1, channel_groups)
+    total = jnp.broadcast_to(parts.sum(-1, keepdims=True), parts.shape)
+    return groups.join(total, a.ndim - 1, like=a)
+
+
+def average(a: jax.Array, mask: Mask, n: jax.Array, how: How) -> jax.Array:
+    """Sum of `a` where `mask`, over what `how` says, divided by `n`."""
+    axes, channel_groups = how
+    return pool(jnp.sum(keep(mask, a), axes, keepdims=True), channel_groups) / n
+
+
+def mean_and_variance(
+    x: jax.Array, mask: Mask, n: jax.Array, how: How
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and population variance of `x`, of which `n` values count; not differentiated."""
+    if is_plain():
+        return _two_passes(x, mask, n, how)
+    arrays = (x, n) if mask is None else (x, n, mask)
+    mean, var = _bind(*align(*arrays), how=how, fenced=not is_unfenced())
+    return mean, var
+
+
+def _square(x, centre, mask=None):
+    return keep(mask, jnp.square(widen(x) - centre))
+
+
+def _two_passes(x, mask, n, how):
+    axes, channel_groups = how
+    mean = average(widen(*fence(x)), mask, n, how)
+    valid = () if mask is None else (mask,)
+    (square,) = sums_of(_square, axes, *fence(x, mean, *valid))
+    return mean, pool(square, channel_groups) / n
+
+
+def _about_share(x, mask, n, how):
+    axes, channel_groups = how
+    cuts = _share(x, axes)
+    rows = axes == tuple(range(axes[0], x.ndim)) and is_unfenced()
+    if mask is not None or cuts is None or rows:  # a share may be all masked
+        return _two_passes(x, mask, n, how)
+    share = x[cuts]
+    number = math.prod(share.shape[i] for i in axes)
+    number = number * x.shape[-1] // channel_groups if channel_groups else number
+    centre = average(widen(share), None, jnp.full((), number, n.dtype), how)
+    shifted = widen(x) - centre
+    total, square = gpu.sums((shifted, jnp.square(shifted)), axes)
+    gap = pool(total, channel_groups) / n
+    return centre + gap, jnp.maximum(pool(square, channel_groups) / n - jnp.square(gap), 0)
+
+
+def _share(x, axes):
+    """Slices of the first positions, one in SHARE, samples last; None if all axes are divided."""
+    cuts, left = [slice(None)] * x.ndim, SHARE
+    whole = [i for i in (*axes[1:], axes[0]) if spec(x)[i] is None]
+    for i in whole:
+        parts = min(left, x.shape[i])
+        cuts[i] = slice(-(-x.shape[i] // parts))
+        left = -(-left // parts)
+    return tuple(cuts) if whole else None
+
+
+def _about_zero(x, mask, n, how):
+    axes, channel_groups = how
+    sums = [
+        jnp.sum(keep(mask, f(widen(x))), axes, keepdims=True) for f in (jnp.asarray, jnp.square)
+    ]
+    mean, square = (pool(a, channel_groups) / n for a in sums)
+    var = square - jnp.square(mean)
+    far = jnp.any(~(jnp.square(mean) <= NEAR * var))  # also where squares overflow
+    sums = _sums_about(mean, x, mask, axes, far, like=sums[0])
+    gap, square = (pool(a, channel_groups) / n for a in sums)
+    return mean + gap, jnp.where(far, square - jnp.square(gap), var)
+
+
+def _sums_about(centre, x, mask, axes, needed, like):
+    """Sums of `x - centre` and of its square over `axes` where `mask`; zeros if not `needed`."""
+    whole = [i for i in axes if i and spec(x)[i] is None]  # samples are on many devices
+    axis = max(whole, key=lambda i: x.shape[i], default=axes[0])
+    blocks = max((k for k in range(1, BLOCKS + 1) if whole and x.shape[axis] % k == 0), default=1)
+    size = x.shape[axis] // blocks
+
+    def add(carry):
+        i, *sums = carry
+        at = lambda a: (
+            a if a.shape[axis] == 1 else lax.dynamic_slice_in_dim(a, i * size, size, axis)
+        )
+        valid = None if mask is None else at(mask)
+        shifted = keep(valid, widen(at(x)) - centre)
+        found = (jnp.sum(a, axes, keepdims=True) for a in (shifted, jnp.square(shifted)))
+        return i + 1, *(a + b for a, b in zip(sums, found, strict=True))
+
+    zero, _ = align(jnp.zeros_like(like), like)
+    carry = *align(jnp.zeros((), jnp.int32), needed)[:1], zero, zero
+    return lax.while_loop(lambda c: needed & (c[0] < blocks), add, carry)[1:]
+
+
+def _by(passes):
+    """The function that stands for the primitive in programs where `passes` make the statistics."""
+
+    def run(x, n, mask=None, *, how, fenced):
+        known = all(isinstance(size, int) for size in x.shape)  # not in an exported family
+        with contextlib.nullcontext() if fenced else unfenced():
+            return list(align(*(passes if known else _two_passes)(x, mask, n, how)))
+
+    return run
+
+
+def _batch(arrays, dims, *, how, fenced):
+    axes, channel_groups = how
+    how = tuple(i + 1 for i in axes), channel_groups
+    return _bind(*at_front(arrays, dims), how=how, fenced=fenced), [0, 0]
+
+
+_bind = compat.register(
+    "normjax_moments",
+    _by(_two_passes),
+    abstract=lambda *avals, **static: (
+        jax.make_jaxpr(functools.partial(_by(_two_passes), **static))(*avals).out_avals
+    ),
+    batch=_batch,
+    on_gpu=lambda *_: _by(_about_share),
+    on_tpu=lambda *_: _by(_about_zero),
+)
