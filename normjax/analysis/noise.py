@@ -11,6 +11,7 @@ NaN. Maps are real arrays [B, ..., C], the samples first and the features last; 
 empty map is a ValueError, another dtype a TypeError.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -64,6 +65,7 @@ def draw(
     return _ghosts(own, whole, _indices(key, len(own.mean), size, ghosts, drawing))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _moments(name, x):
     """Moments [B, C] of every sample and [C] of all."""
     x = checks.as_real(name, x)
@@ -87,6 +89,7 @@ def _check(name, samples, drawing, **sizes):
         )
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _indices(key, samples, size, ghosts, drawing):
     if drawing == "replacement":
         return jax.random.randint(key, (ghosts, size), 0, samples)
@@ -94,6 +97,7 @@ def _indices(key, samples, size, ghosts, drawing):
     return jax.random.permutation(key, order, axis=1, independent=True)[:, :size]
 
 
+@jax.jit
 def _ghosts(own, whole, indices):
     """The ghosts of samples `indices` [R, N], in units of `whole`."""
     gap = own.mean - whole.mean[None]
@@ -350,22 +354,25 @@ def measure(
       >>> round(float(found.shift_var[0] / found.shift_law[0]), 1)
       1.0
     """
-    found = OrderedDict()
-    for name, x in maps.items():
-        drawn = draw(key, x, size, ghosts=ghosts, drawing=drawing)
-        effective, samples = effective_size(x, size), len(x)
-        share = (samples - size) / max(samples - 1, 1) if drawing == "partition" else 1
-        shift_law = share / effective
-        found[name] = Measures(
-            effective_size=effective,
-            shift_var=jnp.mean(jnp.square(drawn.shift), 0),
-            shift_law=shift_law,
-            scale_square=jnp.mean(jnp.square(drawn.scale), 0),
-            scale_square_law=1 - shift_law,
-            scale_var=jnp.var(drawn.scale, 0),
-            scale_law=law(1 / shift_law).scale_var,
-        )
-    return found
+    how = size, ghosts, drawing
+    return OrderedDict((name, _measure(key, x, *how)) for name, x in maps.items())
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _measure(key, x, size, ghosts, drawing):
+    drawn = draw(key, x, size, ghosts=ghosts, drawing=drawing)
+    effective, samples = effective_size(x, size), len(x)
+    share = (samples - size) / max(samples - 1, 1) if drawing == "partition" else 1
+    shift_law = share / effective
+    return Measures(
+        effective_size=effective,
+        shift_var=jnp.mean(jnp.square(drawn.shift), 0),
+        shift_law=shift_law,
+        scale_square=jnp.mean(jnp.square(drawn.scale), 0),
+        scale_square_law=1 - shift_law,
+        scale_var=jnp.var(drawn.scale, 0),
+        scale_law=law(1 / shift_law).scale_var,
+    )
 
 
 def table(measured: Mapping[str, Measures]) -> list[dict[str, Any]]:
