@@ -1,7 +1,10 @@
 """Eight CPU devices, strict NumPy rules and no display, set before anything imports JAX."""
 
+import gc
 import os
 import resource
+
+gc.set_threshold(50_000)  # traces are many objects that stay: else they are searched all the time
 
 # Programs of tests run once on a few numbers: most of the time would go into optimizing them.
 os.environ["XLA_FLAGS"] = " ".join(
