@@ -4,8 +4,6 @@ import gc
 import os
 import resource
 
-gc.set_threshold(50_000)  # traces are many objects that stay: else they are searched all the time
-
 # Programs of tests run once on a few numbers: most of the time would go into optimizing them.
 os.environ["XLA_FLAGS"] = " ".join(
     (
@@ -20,6 +18,7 @@ os.environ["MPLBACKEND"] = "agg"
 import jax
 import pytest
 
+gc.set_threshold(50_000)  # traces are many objects that stay: else they are searched all the time
 jax.config.update("jax_numpy_rank_promotion", "raise")
 GIGABYTE = 1 << 20  # in the units of ru_maxrss
 held = 4 * GIGABYTE

@@ -1,8 +1,8 @@
 """The noise that statistics of a few samples bring into a network, measured and from theory.
 
-A ghost is a handful of samples whose statistics stand for those of the batch. `measure` and `gaps`
-do for all maps that `normjax.analysis.layers` captures of a Flax model what `draw`, `law` and `gap`
-do for one array; `table` and `plot` show it.
+A ghost is a handful of samples whose statistics stand for those of the batch. `measure` does for
+all maps that `normjax.analysis.layers` captures of a Flax model what `draw` and `law` do for one
+array; `table` lists it, as `figures.plot` draws it.
 
 Kosson, Fan & Jaggi, *Ghost Noise for Regularizing Deep Neural Networks*, 2024,
 https://arxiv.org/abs/2305.17205. Everything is in deviations of what ghosts are compared with, and
@@ -20,12 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.scipy import stats
 from jax.scipy.special import betaln, digamma, gammaln
 
-from normjax.analysis import figures
-from normjax.core import checks, passes, statistics
-from normjax.core.statistics import Moments
+from normjax.core import checks, passes
+from normjax.core.statistics import Moments, merge
 from normjax.methods.ghost_noise import expected_inverse, ghost_sums, shift_and_scale
 
 Drawing = Literal["replacement", "partition"]
@@ -75,7 +73,7 @@ def _moments(name, x):
         )
     own = passes.moments(x, tuple(range(1, x.ndim - 1)))
     own = Moments(*(a.reshape(len(x), x.shape[-1]) for a in own))
-    return own, statistics.merge(own)
+    return own, merge(own)
 
 
 def _check(name, samples, drawing, **sizes):
@@ -246,50 +244,27 @@ class Gap(NamedTuple):
 
     Example:
       >>> import jax.numpy as jnp, normjax.analysis.noise as noise
-      >>> x = jnp.array([[1.0], [3.0]])
-      >>> found = noise.gap(x, mean=jnp.array([1.0]), var=jnp.array([4.0]))
-      >>> found.mean.tolist(), [round(v, 3) for v in found.log_var[0].tolist()]
-      ([[0.5]], [-1.386])
+      >>> statistics = {"norm": {"mean": jnp.ones(1), "var": 4 * jnp.ones(1)}}
+      >>> noise.gaps({"norm": jnp.array([[1.0], [3.0]])}, statistics)["norm"].mean.tolist()
+      [[0.5]]
     """
 
     mean: jax.Array  # mean of the part less running mean, in running deviations
     log_var: jax.Array  # logarithm of the variance of the part over the running variance
 
 
-def gap(x: jax.Array, mean: jax.Array, var: jax.Array, *, size: int | None = None) -> Gap:
-    """Compares statistics of x, [B, ..., C], or of its consecutive ghosts, with running ones, [C].
-
-    Training normalizes with the former and evaluation with the latter. The logarithm of the
-    variance of a ghost is low on average, by `law(N).log_var` for dense Gaussian features. There
-    are G = B / size ghosts, one without a `size`. ValueError for a size that does not divide the
-    batch, or statistics of other features.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, normjax.analysis.noise as noise
-      >>> x = jax.random.normal(jax.random.key(0), (64, 8, 8, 3))
-      >>> noise.gap(x, jnp.zeros(3), jnp.ones(3), size=16).mean.shape
-      (4, 3)
-    """
-    own, _ = _moments("gap", x)
-    mean, var = (jnp.asarray(a, own.mean.dtype) for a in (mean, var))
-    checks.require_features("gap", "axis", (1,), own.mean.shape, (mean, var))
-    size = len(own.mean) if size is None else size
-    checks.require("gap", "size", size, checks.positive)
-    if len(own.mean) % size:
-        raise ValueError(f"gap: size={size} does not divide a batch of {len(own.mean)}.")
-    parts = statistics.merge(Moments(*(a.reshape(-1, size, a.shape[-1]) for a in own)), axis=1)
-    return Gap((parts.mean - mean[None]) / jnp.sqrt(var[None]), jnp.log(parts.var / var[None]))
-
-
 def gaps(
     inputs: Mapping[str, jax.Array], statistics: Mapping[str, Any], *, size: int | None = None
 ) -> OrderedDict[str, Gap]:
-    """`gap` for the norms of a Flax model with `mean` and `var` of their own, on their first call.
+    """Compares the statistics that norms of a Flax model train with with their running ones.
 
-    `inputs` is what `normjax.analysis.layers.capture_inputs` returns, the model in training mode.
-    `statistics` is the collection "batch_stats" of a Linen model, or the state `nnx.state(model,
-    nnx.BatchStat)` of an NNX model as a dict, `nnx.to_pure_dict(...)`. ValueError if no norm is in
-    both.
+    The former are those of the G = B / size consecutive ghosts of an input, or with None of all of
+    it. The logarithm of the variance of a ghost is low on average, by `law(N).log_var` for dense
+    Gaussian features. `inputs` is what `normjax.analysis.layers.capture_inputs` returns, the model
+    in training mode, of which first calls count. `statistics` is the collection "batch_stats" of a
+    Linen model, or of an NNX model `nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))`. ValueError
+    if no norm has an input and a `mean` and `var` of its own, if these are of other features, and
+    for a size that does not divide the batch.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax.analysis.noise as noise
@@ -310,7 +285,19 @@ def gaps(
             f"gaps: the inputs {[*inputs]} and the running statistics of {[*running]} have no norm "
             "in common; both come from one model, whose norms have `mean` and `var` themselves."
         )
-    return OrderedDict((name, gap(inputs[name], *running[name], size=size)) for name in both)
+    return OrderedDict((name, _gap(inputs[name], *running[name], size)) for name in both)
+
+
+def _gap(x, mean, var, size):
+    own, _ = _moments("gaps", x)
+    mean, var = (jnp.asarray(a, own.mean.dtype) for a in (mean, var))
+    checks.require_features("gaps", "axis", (1,), own.mean.shape, (mean, var))
+    size = len(own.mean) if size is None else size
+    checks.require("gaps", "size", size, checks.positive)
+    if len(own.mean) % size:
+        raise ValueError(f"gaps: size={size} does not divide a batch of {len(own.mean)}.")
+    parts = merge(Moments(*(a.reshape(-1, size, a.shape[-1]) for a in own)), axis=1)
+    return Gap((parts.mean - mean[None]) / jnp.sqrt(var[None]), jnp.log(parts.var / var[None]))
 
 
 class Measures(NamedTuple):
@@ -397,73 +384,6 @@ def table(measured: Mapping[str, Measures]) -> list[dict[str, Any]]:
     return rows
 
 
-def plot(measured: Mapping[str, Measures], size: int) -> "figures.Figure":
-    """Draws effective sizes, and the deviations of shift and scale beside theory, map by map.
-
-    These are medians over the channels, from the lowest to the highest for effective sizes; beside
-    them is what dense features have at `size`, that of `measure`. ValueError if no map varies.
-
-    Example:
-      >>> import jax, normjax.analysis.noise as noise
-      >>> found = noise.measure({"dense": jax.numpy.eye(3)}, 2, key=jax.random.key(0))
-      >>> [axes.get_title(loc="left") for axes in noise.plot(found, 2).axes]
-      ['effective size', 'deviation of the shift', 'deviation of the scale']
-    """
-    rows = [row for row in table(measured) if row["channels"]]
-    if not rows:
-        raise ValueError(f"plot: none of the maps {[*measured]} varies.")
-    names, at = [row["map"] for row in rows], range(len(rows))
-    median = {field: np.array([row[field] for row in rows]) for field in Measures._fields}
-    middle = median["effective_size"]
-    sizes = [np.asarray(measured[name].effective_size) for name in names]
-    ends = np.abs([[np.nanmin(s), np.nanmax(s)] for s in sizes] - middle[:, None]).T
-    titles = ("effective size", "deviation of the shift", "deviation of the scale")
-    figure, panels = figures.panels(1, 3, (4 + 0.8 * len(rows), 4), titles=titles, sharex=True)
-    blue, red, gray = figures.COLORS
-    first, *others = panels[0]
-    first.errorbar(at, middle, ends, fmt="o", color=blue, capsize=3, label="of the maps")
-    first.axhline(size, color=gray, linestyle="--", label=f"dense features: {size}")
-    first.set_yscale("log")
-    for axes, name in zip(others, ("shift", "scale"), strict=True):
-        drawn, theory = (np.sqrt(median[f"{name}_{kind}"]) for kind in ("var", "law"))
-        alone = np.sqrt(float(getattr(law(size), f"{name}_var")))
-        axes.plot(at, drawn, "o", color=blue, label="drawn")
-        axes.plot(at, theory, "x", color=red, label="at the effective size")
-        axes.axhline(alone, color=gray, linestyle="--", label="dense features")
-        axes.set_ylim(bottom=0)
-    for axes in panels[0]:
-        axes.set_xticks(at, names, rotation=90, fontsize=8)
-        axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def plot_draws(drawn: Ghosts, size: float) -> "figures.Figure":
-    """Draws histograms of shift and scale over all ghosts and channels, and their densities.
-
-    The densities are those of dense Gaussian ghosts of `size`. ValueError if no channel varies.
-
-    Example:
-      >>> import jax, normjax.analysis.noise as noise
-      >>> len(noise.plot_draws(noise.draw(jax.random.key(0), jax.numpy.eye(3), 2), 2).axes)
-      2
-    """
-    densities = (
-        lambda t: stats.norm.pdf(t, 0, size**-0.5),
-        lambda t: 2 * size * t * stats.chi2.pdf(size * jnp.square(t), size - 1),
-    )
-    titles = (f"shift, and Normal(0, 1/{size:g})", f"scale, and chi({size - 1:g}) / \u221a{size:g}")
-    figure, panels = figures.panels(1, 2, (9, 3), titles=titles)
-    for axes, values, density in zip(panels[0], drawn, densities, strict=True):
-        values = np.asarray(values)
-        values = values[~np.isnan(values)]
-        if not values.size:
-            raise ValueError("plot_draws: no channel varies.")
-        axes.hist(values, 60, density=True, color=figures.COLORS[0], alpha=0.4)
-        line = np.linspace(values.min(), values.max(), 200)
-        axes.plot(line, np.asarray(density(jnp.asarray(line))), color=figures.COLORS[1])
-    return figure
-
-
 __all__ = [
     "Gap",
     "Ghosts",
@@ -473,11 +393,8 @@ __all__ = [
     "draw",
     "effective_size",
     "expected_size",
-    "gap",
     "gaps",
     "law",
     "measure",
-    "plot",
-    "plot_draws",
     "table",
 ]

@@ -1,7 +1,7 @@
 """How well statistics are known: from a small batch, from a prediction, and from both.
 
 `capture` finds them, and the true ones, at every Kalman norm of a Flax Linen model; `compare` turns
-them into errors, those of the fusion for every gain; `plot` shows these.
+them into errors, those of the fusion for every gain.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from normjax.analysis import figures
 from normjax.core import statistics
 from normjax.core.method import replace
 from normjax.core.statistics import Moments
 from normjax.linen.carry import carry
 from normjax.methods.ghost import Ghost
 
-__all__ = ["Errors", "Statistics", "capture", "compare", "errors", "plot"]
+__all__ = ["Errors", "Statistics", "capture", "compare", "errors"]
 
 
 class Statistics(NamedTuple):
@@ -142,25 +140,3 @@ def compare(found: Statistics, gains: Sequence[float] = ()) -> dict[str, Errors]
         "prediction": errors(prior, found.truth),
         "fusion": jax.vmap(fused)(jnp.asarray(gains, batches.mean.dtype)),
     }
-
-
-def plot(tables: Mapping[str, Mapping[str, Errors]], gains: Sequence[float]) -> "figures.Figure":
-    """The errors of the fusion over the gain, a panel for mean and variance, a line for each norm.
-
-    `tables` holds what `compare` made of each norm with these `gains`.
-
-    Example:
-      >>> import jax.numpy as jnp, normjax.analysis.propagation as propagation
-      >>> table = {"fusion": propagation.Errors(jnp.ones(2), jnp.ones(2))}
-      >>> [len(axes.lines) for axes in propagation.plot({"norm": table}, [0.0, 0.5]).axes]
-      [1, 1]
-    """
-    titles = ("squared error of the mean / variance", "squared error of the log-variance")
-    figure, panels = figures.panels(1, 2, (10, 4), titles=titles)
-    for field, axes in zip(Errors._fields, panels[0], strict=True):
-        for name, table in tables.items():
-            values = np.asarray(getattr(table["fusion"], field), np.float64)
-            axes.plot(gains, np.maximum(values, 1e-12), label=name)
-        axes.set(yscale="log", xlabel="gain: 0 is the prediction, 1 the small batch")
-    panels[0, 0].legend(frameon=False, fontsize=8)
-    return figure
