@@ -18,11 +18,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import normjax
 from normjax.core import checks
 from normjax.core.fields import Configuration
-from normjax.core.method import observes, traits
+from normjax.core.method import observes, replace, traits
 from normjax.core.statistics import whole
 from normjax.core.structs import to_dict
-from normjax.core.tracing import alike
 
+INITIALIZERS = "scale_init", "bias_init", "transition_init"
 NOTE = """
     As an NNX module (`normjax.nnx`) it takes `num_features` first, these fields,
     `use_running_average` (False: calls train), `rngs`, and `scale_metadata` and `bias_metadata` for
@@ -180,19 +180,21 @@ class Norm(nnx.Module):
 
 
 class _Configuration:
-    """A method as static metadata of a module, equal if made alike.
+    """A method as static metadata of a module, for whose equality initializers do not count.
 
     Else modules with two times `nnx.initializers.constant(0.1)` could not be stacked.
     """
 
     def __init__(self, method):
         self.method = method
+        bare = dict.fromkeys(INITIALIZERS, jax.nn.initializers.zeros)
+        self._counts = replace(method, where=lambda one: isinstance(one, Configuration), **bare)
 
     def __eq__(self, other):
-        return isinstance(other, _Configuration) and alike(self.method, other.method)
+        return isinstance(other, _Configuration) and self._counts == other._counts
 
     def __hash__(self):
-        return hash(type(self.method))
+        return hash(self._counts)
 
     def __repr__(self):
         return repr(self.method)

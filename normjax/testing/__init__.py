@@ -5,18 +5,17 @@ from typing import Any
 
 from normjax.core.compat import plain_derivatives
 from normjax.testing import derivatives, devices, masks, numbers, structure
-from normjax.testing.derivatives import adjoint_gap, slope_gap
+from normjax.testing.derivatives import derivative_gaps
 from normjax.testing.measure import count_collectives, residual_bytes
 from normjax.testing.subject import Subject, with_axis_name
 
 __all__ = [
     "Subject",
-    "adjoint_gap",
     "check_method",
     "count_collectives",
+    "derivative_gaps",
     "plain_derivatives",
     "residual_bytes",
-    "slope_gap",
     "with_axis_name",
 ]
 
