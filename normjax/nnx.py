@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx.module import first_from
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import normjax
@@ -107,15 +108,12 @@ class Norm(nnx.Module):
 
         `use_running_average` overrides the attribute; `mask` and `inputs` are those of the method.
         """
-        name, evaluate = type(self).__name__, use_running_average
-        if not (evaluate is None or isinstance(evaluate, bool)):
+        said, field = use_running_average, getattr(self, "use_running_average", False)
+        if not (said is None or isinstance(said, bool)):
             hint = "is not True or False; a mask is given by name."
-            raise TypeError(f"{name}: use_running_average={evaluate!r} {hint}")
-        if evaluate is None:
-            evaluate = getattr(self, "use_running_average", False)
-        if evaluate is None:
-            hint = "was given neither at construction nor at the call."
-            raise ValueError(f"{name}: use_running_average {hint}")
+            raise TypeError(f"{type(self).__name__}: use_running_average={said!r} {hint}")
+        hint = "use_running_average was given neither at construction nor at the call."
+        evaluate = first_from(said, field, error_msg=f"{type(self).__name__}: {hint}")
         places = jax.tree.unflatten(self._structure, range(self._structure.num_leaves))
         params, state = (self._values(tree) for tree in places)
         key = self.rngs() if not evaluate and traits(self.method).random else None

@@ -345,6 +345,7 @@ class ExclusiveBatchNorm(GhostFields):
     ghost_batch_size: int | None = field(None, COUNT)
 
     init, evaluation, apply = batch.init, batch.evaluation, seam.apply
+    absorb = running.absorb_whole
 
     def __post_init__(self):
         super().__post_init__()
@@ -385,10 +386,6 @@ class ExclusiveBatchNorm(GhostFields):
     ) -> Normalizer:
         """Normalizes every sample by the statistics of the others."""
         return batch.normalizer(self, params, seen.parts.mean, seen.parts.var)
-
-    def absorb(self, state: Running, seen: Any) -> Running:
-        """The running statistics moved by those of the whole batch."""
-        return running.absorb(self, state, statistics.whole(seen))
 
 
 def _leave_one_out(own: Moments, group: Moments) -> Moments:

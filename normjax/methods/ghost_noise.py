@@ -430,6 +430,7 @@ class GhostNoiseBatchNorm(DrawingFields, GhostFields):
     noise_epsilon: float = field(1e-3, checks.interval(0))
 
     init, evaluation, apply = batch.init, batch.evaluation, seam.apply
+    absorb = running.absorb_whole
 
     def observe(self, x: Any, mask: Mask = None) -> Parted:
         """Moments of the batch [features]; `parts` has those of every sample."""
@@ -462,10 +463,6 @@ class GhostNoiseBatchNorm(DrawingFields, GhostFields):
         slope = 1 / divisor if scale is None else scale / divisor
         bias = -shift * slope if bias is None else bias - shift * slope
         return Normalizer(total.mean, inverse * slope, None, bias)
-
-    def absorb(self, state: Running, seen: Any) -> Running:
-        """The running statistics moved by those of the whole batch."""
-        return running.absorb(self, state, statistics.whole(seen))
 
 
 @dataclasses.dataclass(frozen=True)

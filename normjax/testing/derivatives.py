@@ -91,8 +91,8 @@ def _walk(program, args, visit):
             out = _walk(eqn.params[names.pop()], given, visit)
         else:
             raise ValueError(
-                f"derivative_gaps: there is a stop_gradient inside of a {eqn.primitive}, whose values "
-                "cannot be held for the difference: stop gradients outside of loops."
+                f"derivative_gaps: a stop_gradient inside of a {eqn.primitive}, whose values cannot "
+                "be held for the difference: stop gradients outside of loops."
             )
         values.update(zip(eqn.outvars, out, strict=True))
     return [read(v) for v in jaxpr.outvars]

@@ -205,7 +205,7 @@ class EffectiveSizeTest(parameterized.TestCase):
     @parameterized.parameters(0.0, 0.1, 0.3, 0.5, 0.8, 1.0)
     def test_correlated_positions(self, share):
         found = effective(correlated(share, 20_000), 16)
-        expected = noise.expected_size(16, share, 16)
+        expected = 16 / (share + (1 - share) / 16)
         close(expected, 16 / (share + (1 - share) / 16), 1e-12)
         np.testing.assert_allclose(found, expected, rtol=0.03)
 
