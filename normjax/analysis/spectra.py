@@ -51,19 +51,17 @@ def measure(
 ) -> OrderedDict[str, Measures]:
     """A few numbers for each map, such as those that `capture` returns.
 
-    They show what https://arxiv.org/abs/2306.16999 is about: how large feature maps are, at
-    initialization and in training, and how uniform their frequencies. Maps are real arrays
-    [B, ..., C], not empty; up to three axes between the first and the last are spatial. There are
-    the zero frequency and `bands - 1` rings; the former counts in the flatness if `with_mean`.
-    Other maps and bands are a TypeError or a ValueError.
+    They show what https://arxiv.org/abs/2306.16999 is about: how large feature maps are, and how
+    uniform their frequencies. Maps are real arrays [B, ..., C], not empty (else TypeError or
+    ValueError); up to three axes between the first and the last are spatial. There are the zero
+    frequency and `bands - 1` rings; the former counts in the flatness if `with_mean`.
 
     Example:
-      >>> import jax
+      >>> import jax.numpy as jnp, normjax.analysis.spectra as spectra
       >>> from flax import nnx
-      >>> from normjax.analysis import spectra
       >>> model = nnx.Sequential(nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.relu)
       >>> run = nnx.jit(lambda model, x: spectra.measure(spectra.capture(model, x)))
-      >>> list(run(model, jax.random.normal(jax.random.key(0), (16, 8, 8, 3))))
+      >>> list(run(model, jnp.ones((2, 8, 8, 3))))
       ['layers/0', '__call__']
     """
     if not isinstance(maps, Mapping):
@@ -120,10 +118,9 @@ def _spectral(z, bands, with_mean):
 def table(history: Mapping[int, Mapping[str, Measures]]) -> list[dict[str, Any]]:
     """What `measure` returned, by step, as rows for `csv.DictWriter` or `pandas.DataFrame`.
 
-    A row per step and map: "step", "depth" (the place of the map, from 0), "map" (its name), the
-    measures that are one number, and "share_0", "share_1" and so on; None for what a map without
-    spatial axes does not have. ValueError for an empty history, or steps that differ in maps or
-    bands.
+    A row per step and map: "step", "depth" (the place of the map, from 0), "map", the measures that
+    are one number, "share_0", "share_1" and so on; None for what a map does not have. ValueError
+    for an empty history, or steps that differ in maps or bands.
 
     Example:
       >>> import jax.numpy as jnp, normjax.analysis.spectra as spectra

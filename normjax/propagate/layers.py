@@ -110,7 +110,8 @@ def conv(
 
     Near the border a window sees zeros of the padding, so that mean and variance depend on the
     position. The moments over all positions are exact: the mean of the means there, and the mean of
-    the variances plus the variance of the means.
+    the variances plus the variance of the means. ValueError for shapes that do not fit, an output
+    without positions, or an unknown padding.
 
     Args:
       moments: those of the input at any position, [..., I].
@@ -120,9 +121,6 @@ def conv(
       padding: "SAME", "SAME_LOWER", "VALID", "CIRCULAR", "CAUSAL" (one spatial axis), a number for
         all axes, or for each axis a number or a pair (low, high).
       strides, input_dilation, kernel_dilation, feature_group_count: as in `flax.linen.Conv`.
-
-    Raises:
-      ValueError: for shapes that do not fit, an output without positions, or an unknown padding.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
