@@ -91,7 +91,7 @@ def _walk(program, args, visit):
             out = _walk(eqn.params[names.pop()], given, visit)
         else:
             raise ValueError(
-                f"derivative_gaps: a stop_gradient inside of {eqn.primitive}, whose values cannot "
+                f"derivative_gaps: a stop_gradient inside of a {eqn.primitive}, whose value cannot "
                 "be held for the difference: stop gradients outside of loops."
             )
         values.update(zip(eqn.outvars, out, strict=True))
