@@ -24,7 +24,7 @@ from benchmarks import data, machine, training
 from benchmarks.models import Posterior, conv
 from benchmarks.options import whole
 from normjax import KalmanNorm
-from normjax.analysis import propagation
+from normjax.analysis import figures, propagation
 from normjax.linen import Norm
 from normjax.linen.carry import carry
 
@@ -78,19 +78,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/propagation"))
     options = parser.parse_args(argv)
     try:
-        results, tables = run(options)
+        results = run(options)
     except (ValueError, OSError) as error:
         print("propagation:", error, file=sys.stderr)
         return 2
     machine.write(results, options.output / "propagation.json", indent=None)
-    propagation.plot(tables, GAINS).savefig(options.output / "propagation.png", dpi=150)
+    plot(results).savefig(options.output / "propagation.png", dpi=150)
     show(results)
     print(f"Written to {options.output}/propagation.json and propagation.png")
     return 0
 
 
-def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The errors as one JSON-ready dict, and what `propagation.compare` made of the last seed."""
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The errors as one JSON-ready dict."""
     dataset = data.load(options.data, options.data_dir, train_size=options.train_size)
     number = len(dataset.train_labels)
     if max(options.batch_size, options.small_batch) > number:
@@ -123,7 +123,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
             tables[posterior] = {n: propagation.compare(f, GAINS) for n, f in found.items()}
         return tables
 
-    errors, tables = [], {}
+    errors = []
     for seed in range(options.seeds):
         one = jax.tree.map(lambda a, seed=seed: a[seed], (state.params, state.batch_stats))
         tables = measure(dict(zip(("params", "batch_stats"), one, strict=True)))
@@ -137,14 +137,26 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
                 for posterior, norms in plain.items()
             }
         )
-    results = {
+    return {
         **machine.heading("propagation"),
         "configuration": {k: v for k, v in vars(options).items() if k != "output"},
         "gains": list(GAINS),
         "test_accuracy": (np.asarray(correct) / len(dataset.test_labels)).tolist(),
         "errors": errors,
     }
-    return results, tables["output"]
+
+
+def plot(results: dict[str, Any]) -> Any:
+    """Errors of the fusion with the consistent prediction over the gain, by norm: the last seed."""
+    rows = [
+        {"gain": gain, "norm": name, "squared error of the mean": mean, "of the log-variance": var}
+        for name, table in results["errors"][-1]["output"].items()
+        for gain, mean, var in zip(GAINS, *table["fusion"].values(), strict=True)
+    ]
+    figure = figures.plot(rows, "gain", list(rows[0])[2:], by="norm")
+    for axes in figure.axes:
+        axes.set_yscale("log")
+    return figure
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:

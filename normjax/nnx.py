@@ -13,16 +13,17 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx.module import first_from
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import normjax
 from normjax.core import checks
 from normjax.core.fields import Configuration
-from normjax.core.method import observes, traits
+from normjax.core.method import observes, replace, traits
 from normjax.core.statistics import whole
 from normjax.core.structs import to_dict
-from normjax.core.tracing import alike
 
+INITIALIZERS = "scale_init", "bias_init", "transition_init"
 NOTE = """
     As an NNX module (`normjax.nnx`) it takes `num_features` first, these fields,
     `use_running_average` (False: calls train), `rngs`, and `scale_metadata` and `bias_metadata` for
@@ -107,15 +108,12 @@ class Norm(nnx.Module):
 
         `use_running_average` overrides the attribute; `mask` and `inputs` are those of the method.
         """
-        name, evaluate = type(self).__name__, use_running_average
-        if not (evaluate is None or isinstance(evaluate, bool)):
+        said, field = use_running_average, getattr(self, "use_running_average", False)
+        if not (said is None or isinstance(said, bool)):
             hint = "is not True or False; a mask is given by name."
-            raise TypeError(f"{name}: use_running_average={evaluate!r} {hint}")
-        if evaluate is None:
-            evaluate = getattr(self, "use_running_average", False)
-        if evaluate is None:
-            hint = "was given neither at construction nor at the call."
-            raise ValueError(f"{name}: use_running_average {hint}")
+            raise TypeError(f"{type(self).__name__}: use_running_average={said!r} {hint}")
+        hint = "use_running_average was given neither at construction nor at the call."
+        evaluate = first_from(said, field, error_msg=f"{type(self).__name__}: {hint}")
         places = jax.tree.unflatten(self._structure, range(self._structure.num_leaves))
         params, state = (self._values(tree) for tree in places)
         key = self.rngs() if not evaluate and traits(self.method).random else None
@@ -180,19 +178,21 @@ class Norm(nnx.Module):
 
 
 class _Configuration:
-    """A method as static metadata of a module, equal if made alike.
+    """A method as static metadata of a module, for whose equality initializers do not count.
 
     Else modules with two times `nnx.initializers.constant(0.1)` could not be stacked.
     """
 
     def __init__(self, method):
         self.method = method
+        bare = dict.fromkeys(INITIALIZERS, jax.nn.initializers.zeros)
+        self._counts = replace(method, where=lambda one: isinstance(one, Configuration), **bare)
 
     def __eq__(self, other):
-        return isinstance(other, _Configuration) and alike(self.method, other.method)
+        return isinstance(other, _Configuration) and self._counts == other._counts
 
     def __hash__(self):
-        return hash(type(self.method))
+        return hash(self._counts)
 
     def __repr__(self):
         return repr(self.method)

@@ -43,8 +43,8 @@ def label_parameters(params: Any, overrides: Mapping[str, str] | None = None) ->
     `{"pos_embedding": "embedding"}`; the last match wins. ValueError for one that matches nothing,
     or whose label is none of `LABELS`.
 
-    Shapes play no part. (The public implementation of `batch_norm_init_recipe` goes by them, and
-    takes slopes and kernels with one output for norm scales, and norms of one feature for weights.)
+    The public implementation of `batch_norm_init_recipe` goes by shapes, and takes slopes and
+    kernels with one output for norm scales, and norms of one feature for weights.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, normjax.linen, normjax.optim
@@ -101,10 +101,8 @@ def scale_learning_rate(
     """Divides the updates of norm scales by `c`.
 
     Placed last, behind momentum and schedule, this divides their learning rate. (To divide the
-    gradient would do nothing under Adam.) `overrides` is that of `label_parameters`.
-
-    Raises:
-      ValueError: unless `c` > 0; in `init`, if no parameter is a norm's scale.
+    gradient would do nothing under Adam.) `overrides` is that of `label_parameters`. ValueError
+    unless `c` > 0 and, in `init`, if no parameter is a norm's scale.
 
     Example:
       >>> import normjax as nj, optax, normjax.optim as optim
@@ -138,9 +136,7 @@ def freeze(*patterns: str) -> optax.GradientTransformation:
 
     Placed last in the chain, it keeps them as they are, bit for bit, weight decay and momentum
     notwithstanding. Running statistics are no parameters: `keep_statistics` freezes them.
-
-    Raises:
-      ValueError: in `init`, without patterns or for one that matches nothing.
+    ValueError, in `init`, without patterns or for one that matches nothing.
 
     Example:
       >>> import jax.numpy as jnp, optax, normjax.optim as optim
@@ -165,10 +161,8 @@ def keep_statistics(new: Any, old: Any, *patterns: str) -> Any:
     `new` are those after a training step, such as `updates["batch_stats"]` of Linen, and `old` are
     those before it. A module of NNX changes its variables in place: copy them before the step, by
     `jax.tree.map(lambda a: a, nnx.state(model, nnx.BatchStat))`. In training the layers keep
-    normalizing with the statistics of the batch.
-
-    Raises:
-      ValueError: without patterns, for one that matches nothing, and if the trees differ.
+    normalizing with the statistics of the batch. ValueError without patterns, for one that matches
+    nothing, and if the trees differ.
 
     Example:
       >>> from normjax import optim
@@ -202,16 +196,13 @@ def batch_norm_init_recipe(
     with the settings of its public implementation (osu-cvl/revisiting-bn-init); but parameters are
     told apart by name (`label_parameters`, with `overrides`), so that it works for every norm. It
     is `optax.sgd` with `momentum` and a `learning_rate`, or its schedule, with weight decay on
-    kernels and embeddings alone, and the learning rate of norm scales divided by `c`. What else
-    belongs to the recipe:
+    kernels and embeddings alone, and the learning rate of norm scales divided by `c`. ValueError
+    for an argument outside its range, and as `scale_learning_rate`.
 
-    - `scale_init=jax.nn.initializers.constant(0.1)` in all norms, biases zero;
-    - for images in [0, 1] `BatchNorm(use_bias=False, scale_init=normjax.relu_scale(...))` with the
-      same initializer, in place of the moments of the data set;
-    - He initialization; a learning rate of 0.1 with cosine decay to 1e-8.
-
-    Raises:
-      ValueError: for an argument outside its range, and as `scale_learning_rate`.
+    To the recipe belong also: `scale_init=jax.nn.initializers.constant(0.1)` in all norms, biases
+    zero; `BatchNorm(use_bias=False, scale_init=normjax.relu_scale(...))` with that initializer for
+    images in [0, 1], in place of the moments of the data set; He initialization; a learning rate of
+    0.1 with cosine decay to 1e-8.
 
     Example:
       >>> import jax, normjax as nj, optax, normjax.optim as optim

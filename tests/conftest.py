@@ -1,5 +1,6 @@
 """Eight CPU devices, strict NumPy rules and no display, set before anything imports JAX."""
 
+import gc
 import os
 import resource
 
@@ -17,6 +18,7 @@ os.environ["MPLBACKEND"] = "agg"
 import jax
 import pytest
 
+gc.set_threshold(50_000)  # traces are many objects that stay: else they are searched all the time
 jax.config.update("jax_numpy_rank_promotion", "raise")
 GIGABYTE = 1 << 20  # in the units of ru_maxrss
 held = 4 * GIGABYTE

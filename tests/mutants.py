@@ -358,10 +358,10 @@ OF_PROGRAMS = {
         "return method",
         some("test_details.py", "fresh_initializers"),
     ),
-    "what functions close over does not count": Mutant(
-        TRACING,
-        "and alike(_closed_over(a), _closed_over(b))",
-        "",
+    "initializers of a module count": Mutant(
+        "normjax/nnx.py",
+        "bare = dict.fromkeys(INITIALIZERS, jax.nn.initializers.zeros)",
+        "bare = {}",
         some("test_situations.py", "made_otherwise"),
     ),
     "single values are not refused": Mutant(

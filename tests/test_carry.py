@@ -74,16 +74,21 @@ def by_hand(variables, x, train):
     return nn.tanh(x), priors
 
 
+@pytest.fixture(scope="module")
+def variables():
+    with carry():
+        return jax.jit(lambda: Net().init(KEY, X, train=False))()
+
+
 @pytest.mark.parametrize("train", (True, False))
-def test_it_equals_passing_by_hand(train):
+def test_it_equals_passing_by_hand(variables, train):
     @jax.jit
     def run(x):
         with carry() as known:
-            variables = Net().init(KEY, x, train=False)
             y, _ = Net().apply(variables, x, train=train, mutable=["batch_stats"])
-        return variables, y, known.priors
+        return y, known.priors
 
-    variables, y, priors = run(X)
+    y, priors = run(X)
     wanted, by_layer = by_hand(variables, X, train)
     names = ("Norm_0", "Norm_1", "Norm_2", "KalmanNorm_0")
     assert priors["Norm_0"] is None
@@ -92,10 +97,7 @@ def test_it_equals_passing_by_hand(train):
     chex.assert_trees_all_close(found, by_layer, atol=1e-5)
 
 
-def test_gradients_flow_through_the_predictions():
-    with carry():
-        variables = Net().init(KEY, X, train=False)
-
+def test_gradients_flow_through_the_predictions(variables):
     @jax.jit
     def slopes_of(params):
         net = Net(nj.KalmanNorm(gain=0.0, activation=nn.relu))
@@ -133,10 +135,9 @@ def test_what_is_not_known_is_batch_norm():
     assert told == [False, True, False, False]
 
 
-def test_given_moments_reach_the_first_norm():
+def test_given_moments_reach_the_first_norm(variables):
     pixels = propagate.prediction(jnp.zeros(3), jnp.ones(3))
     with carry([(X, pixels)]) as known:
-        variables = Net().init(KEY, X, train=False)
         Net().apply(variables, X, train=False)
     conv = variables["params"]["Conv_0"]
     wanted = propagate.conv(pixels, conv["kernel"], conv["bias"], size=(8, 8))
@@ -268,7 +269,7 @@ def test_gradients_and_jit_around_the_model_are_no_border():
     with carry():
         jitted = jax.jit(run)(variables)
     with carry():
-        slopes = jax.grad(lambda v: run(v).sum())(variables)
+        slopes = jax.jit(jax.grad(lambda v: run(v).sum()))(variables)
     chex.assert_trees_all_close(plain, jitted, atol=1e-5)
     chex.assert_tree_all_finite(slopes["params"])
 

@@ -1,37 +1,52 @@
-"""What the plots of measurements share; matplotlib comes with the extra `benchmarks`."""
+"""One way to draw tables of measurements; matplotlib comes with the extra `benchmarks`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = ("#0072B2", "#D55E00", "#333333")
 
+def plot(
+    rows: Sequence[Mapping[str, Any]],
+    x: str,
+    panels: Sequence[str | Sequence[str]],
+    *,
+    by: str | None = None,
+) -> "Figure":
+    """Draws fields of a table over its field `x`, numbers or names: a panel for one, or several.
 
-def panels(
-    rows: int, columns: int, size: tuple[float, float], *, titles: Sequence[str] = (), **grid: Any
-) -> tuple["Figure", Any]:
-    """A figure of `size` inches, width and height, and its panels [rows, columns].
-
-    `titles` are those of the first panels, row by row; `grid` is what else `Figure.subplots` takes.
+    `rows` are such as `noise.table` and `spectra.table` make; a value that is None is left out.
+    With `by` there is a line for each value of that field. ValueError for a field that is missing.
 
     Example:
       >>> from normjax.analysis import figures
-      >>> figure, axes = figures.panels(1, 2, (6, 3), titles=("left", "right"), sharey=True)
-      >>> axes[0, 1].get_title(loc="left")
-      'right'
+      >>> rows = [{"map": m, "step": s, "rms": 1.0 + s} for s in range(3) for m in ("conv", "head")]
+      >>> figure = figures.plot(rows, "map", ["rms"], by="step")
+      >>> [line.get_label() for line in figure.axes[0].lines]
+      ['rms, step 0', 'rms, step 1', 'rms, step 2']
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **grid)
-    for panel in axes.flat:
-        panel.grid(alpha=0.3, linewidth=0.5)
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel, title in zip(axes.flat, titles, strict=False):
-        panel.set_title(title, loc="left", fontsize=10)
-    return figure, axes
+    fields = [(panel,) if isinstance(panel, str) else tuple(panel) for panel in panels]
+    wanted = {x, *sum(fields, ())} | ({by} if by else set())
+    if not (rows and fields and all(wanted <= row.keys() for row in rows)):
+        raise ValueError(f"plot: not all rows have the fields {sorted(wanted)}, or there are none.")
+    lines = dict.fromkeys(row[by] for row in rows) if by else {None: None}
+    figure = Figure((max(0.2 * len(rows), 4.5) * len(fields), 4), layout="constrained")
+    for axes, names in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields, strict=True):
+        for line in lines:
+            of_line = [row for row in rows if not by or row[by] == line]
+            for name in names:
+                known = [row for row in of_line if row[name] is not None]
+                points = [row[x] for row in known], [row[name] for row in known]
+                label = f"{name}, {by} {line}" if by else name
+                axes.plot(*points, "o-", markersize=3, label=label)
+        axes.set_xlabel(x)
+        axes.tick_params("x", rotation=90 if isinstance(rows[0][x], str) else 0)
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
-__all__ = ["panels"]
+__all__ = ["plot"]

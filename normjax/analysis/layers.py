@@ -21,16 +21,15 @@ def capture(
 
     They sow by `self.sow("intermediates", name, value)`, in NNX `self.sow(nnx.Intermediate, ...)`.
     A Linen model takes what `model.apply` does, the variables first (all of them but parameters are
-    mutable). Works under `jax.jit` and `nnx.jit`, where maps that are only measured never leave the
-    device. The model and its variables stay as they were, also in training mode. TypeError for what
-    is no Flax module, or a Linen module without variables.
+    mutable). Works under `jax.jit` and `nnx.jit`. The model and its variables stay as they were,
+    also in training mode. TypeError for what is no Flax module, or no variables in Linen.
 
     Returns the real floating arrays of rank 2 and more in the order in which they were computed.
-    Names are paths: "block/conv" is the output of a module, "block/sum" a value sown as "sum" by
-    the module "block", "__call__" the output of the model. "block/conv#2" is of a second call,
-    "lstm[0]" a part of an output that is not one array. Maps of layers that `scan` runs are
-    stacked, if the scan lets them through. In Linen, what a module has sown before it calls one
-    made by `nn.remat`, `nn.jit` or `nn.scan` comes after the maps of that call.
+    "block/conv" is the output of a module, "block/sum" a value sown as "sum" by the module "block",
+    "__call__" the output of the model; "block/conv#2" is of a second call, "lstm[0]" a part of an
+    output that is not one array. Maps of layers that `scan` runs are stacked, if the scan lets them
+    through. In Linen, what a module has sown before it calls one made by `nn.remat`, `nn.jit` or
+    `nn.scan` comes after the maps of that call.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, normjax.analysis.layers as layers
@@ -47,9 +46,8 @@ def capture_inputs(
 ) -> OrderedDict[str, jax.Array]:
     """Runs a model once and returns what its modules are called with: the first argument of each.
 
-    So a norm shows what it normalizes, even where that is no module's output. As `capture`, by the
-    path of the module; a module whose input is no real floating array of rank 2 and more, or is
-    given by name, is left out. "__call__" is the input of the model.
+    As `capture`, by the path of the module; a module whose input is no real floating array of rank
+    2 and more, or is given by name, is left out. "__call__" is the input of the model.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, normjax.analysis.layers as layers

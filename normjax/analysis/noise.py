@@ -1,16 +1,13 @@
 """The noise that statistics of a few samples bring into a network, measured and from theory.
 
-A ghost is a handful of samples whose statistics stand for those of the batch. `measure` and `gaps`
-do for all maps that `normjax.analysis.layers` captures of a Flax model what `draw`, `law` and `gap`
-do for one array; `table` and `plot` show it.
-
 Kosson, Fan & Jaggi, *Ghost Noise for Regularizing Deep Neural Networks*, 2024,
-https://arxiv.org/abs/2305.17205. Everything is in deviations of what ghosts are compared with, and
-hence the same before and after a normalization and its affine map. Channels that do not vary get
-NaN. Maps are real arrays [B, ..., C], the samples first and the features last; another rank or an
-empty map is a ValueError, another dtype a TypeError.
+https://arxiv.org/abs/2305.17205. A ghost is a handful of samples whose statistics stand for those
+of the batch. Everything is in deviations of what ghosts are compared with, and hence the same
+before and after a normalization and its affine map. Channels that do not vary get NaN. Maps are
+real arrays [B, ..., C]; another rank or an empty map is a ValueError, another dtype a TypeError.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -19,12 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.scipy import stats
 from jax.scipy.special import betaln, digamma, gammaln
 
-from normjax.analysis import figures
-from normjax.core import checks, passes, statistics
-from normjax.core.statistics import Moments
+from normjax.core import checks, passes
+from normjax.core.statistics import Moments, merge
 from normjax.methods.ghost_noise import expected_inverse, ghost_sums, shift_and_scale
 
 Drawing = Literal["replacement", "partition"]
@@ -49,21 +44,22 @@ def draw(
     """Draws `ghosts` independent ghosts of `size` samples from a batch of features [B, ..., C].
 
     With replacement, as in `normjax.GhostNoise`, or by "partition", without it, as when ghost batch
-    norm divides a shuffled batch. ValueError for numbers that are no positive integers, another
-    drawing, or a ghost larger than the batch that it is a part of.
+    norm divides a shuffled batch. ValueError for an argument outside its range, or a ghost larger
+    than the batch that it is a part of.
 
     Example:
       >>> import jax, normjax.analysis.noise as noise
-      >>> x = jax.random.normal(jax.random.key(0), (1024, 2))
+      >>> x = jax.random.normal(jax.random.key(0), (1024, 1))
       >>> shift, scale = noise.draw(jax.random.key(1), x, 16, ghosts=20_000)
-      >>> [round(16 * float(v), 1) for v in shift.var(0)]
-      [1.0, 1.0]
+      >>> round(16 * float(shift.var()), 1)
+      1.0
     """
     own, whole = _moments("draw", x)
     _check("draw", len(own.mean), drawing, size=size, ghosts=ghosts)
     return _ghosts(own, whole, _indices(key, len(own.mean), size, ghosts, drawing))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _moments(name, x):
     """Moments [B, C] of every sample and [C] of all."""
     x = checks.as_real(name, x)
@@ -73,7 +69,7 @@ def _moments(name, x):
         )
     own = passes.moments(x, tuple(range(1, x.ndim - 1)))
     own = Moments(*(a.reshape(len(x), x.shape[-1]) for a in own))
-    return own, statistics.merge(own)
+    return own, merge(own)
 
 
 def _check(name, samples, drawing, **sizes):
@@ -87,6 +83,7 @@ def _check(name, samples, drawing, **sizes):
         )
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _indices(key, samples, size, ghosts, drawing):
     if drawing == "replacement":
         return jax.random.randint(key, (ghosts, size), 0, samples)
@@ -94,6 +91,7 @@ def _indices(key, samples, size, ghosts, drawing):
     return jax.random.permutation(key, order, axis=1, independent=True)[:, :size]
 
 
+@jax.jit
 def _ghosts(own, whole, indices):
     """The ghosts of samples `indices` [R, N], in units of `whole`."""
     gap = own.mean - whole.mean[None]
@@ -134,11 +132,8 @@ def law(size: float | jax.Array, batch: float | jax.Array | None = None) -> Law:
 
     Example:
       >>> from normjax.analysis import noise
-      >>> [round(float(value), 2) for value in noise.law(16)[:2]]
-      [0.06, 0.94]
-      >>> alone = noise.law(128, batch=128)
-      >>> float(alone.shift_var), float(alone.scale_mean), float(alone.scale_var)
-      (0.0, 1.0, 0.0)
+      >>> float(noise.law(16).shift_var), float(noise.law(128, batch=128).shift_var)
+      (0.0625, 0.0)
     """
     n = jnp.asarray(size, jnp.result_type(float))
     shift_var, (spread, inverse, log_var) = 1 / n, _of_scale(n)
@@ -171,7 +166,8 @@ def effective_size(x: jax.Array, size: float) -> jax.Array:
 
     `size * var / between`, f[C], where `between` is the variance over the samples of `x`,
     [B, ..., C], of their means over positions: the shift of a ghost drawn with replacement has the
-    variance 1 / effective size, exactly, for any features.
+    variance 1 / effective size, exactly, for any features. If a share s of their variance lies
+    between samples, and the rest is independent over P positions, it is size / (s + (1 - s) / P).
 
     Example:
       >>> import jax, normjax.analysis.noise as noise
@@ -181,20 +177,6 @@ def effective_size(x: jax.Array, size: float) -> jax.Array:
     """
     own, whole = _moments("effective_size", x)
     return size / (jnp.mean(jnp.square(own.mean - whole.mean[None]), 0) / whole.var)
-
-
-def expected_size(size: float, share: float, positions: int) -> float:
-    """The effective size of features with equal correlation between the positions of a sample.
-
-    `size / (share + (1 - share) / positions)`: `share` of the variance lies between samples, the
-    rest is independent from position to position, such as height times width `positions`.
-
-    Example:
-      >>> from normjax.analysis import noise
-      >>> round(noise.expected_size(16, 0.1, 16), 1), noise.expected_size(16, 1.0, 16)
-      (102.4, 16.0)
-    """
-    return size / (share + (1 - share) / positions)
 
 
 def double_noise(
@@ -208,14 +190,12 @@ def double_noise(
 ) -> tuple[Ghosts, Ghosts, Ghosts]:
     """Draws batches of a population [P, ..., C], with replacement, and a ghost from each as `draw`.
 
-    Returns the two noises of ghost batch norm and their sum: batches in units of the population,
-    the noise of batch norm; ghosts in units of their batches, what ghost noise adds to that; and
-    ghosts in units of the population. So `total.shift = batch.shift + batch.scale * ghost.shift`
-    and `total.scale = batch.scale * ghost.scale`.
-
-    For dense features the variances of the shifts in units of the population are 1/B for the batch
-    and 1/N for the ghost: with `drawing="partition"` (ghost batch norm) the total is that of a
-    batch of N, 1/N. With `"replacement"` (ghost noise behind batch norm) it is 1/B + (1 - 1/B) / N.
+    Returns the noise of batch norm, batches in units of the population; what ghost noise adds,
+    ghosts in units of their batches; and the total, ghosts in units of the population. So
+    `total.shift = batch.shift + batch.scale * ghost.shift` and `total.scale = batch.scale *
+    ghost.scale`. For dense features the variance of the shift is 1/B for the batch, and in total
+    1/N with "partition" (ghost batch norm), 1/B + (1 - 1/B) / N with "replacement" (ghost noise
+    behind batch norm).
 
     Example:
       >>> import jax, normjax.analysis.noise as noise
@@ -242,50 +222,27 @@ class Gap(NamedTuple):
 
     Example:
       >>> import jax.numpy as jnp, normjax.analysis.noise as noise
-      >>> x = jnp.array([[1.0], [3.0]])
-      >>> found = noise.gap(x, mean=jnp.array([1.0]), var=jnp.array([4.0]))
-      >>> found.mean.tolist(), [round(v, 3) for v in found.log_var[0].tolist()]
-      ([[0.5]], [-1.386])
+      >>> statistics = {"norm": {"mean": jnp.ones(1), "var": 4 * jnp.ones(1)}}
+      >>> noise.gaps({"norm": jnp.array([[1.0], [3.0]])}, statistics)["norm"].mean.tolist()
+      [[0.5]]
     """
 
     mean: jax.Array  # mean of the part less running mean, in running deviations
     log_var: jax.Array  # logarithm of the variance of the part over the running variance
 
 
-def gap(x: jax.Array, mean: jax.Array, var: jax.Array, *, size: int | None = None) -> Gap:
-    """Compares statistics of x, [B, ..., C], or of its consecutive ghosts, with running ones, [C].
-
-    Training normalizes with the former and evaluation with the latter. The logarithm of the
-    variance of a ghost is low on average, by `law(N).log_var` for dense Gaussian features. There
-    are G = B / size ghosts, one without a `size`. ValueError for a size that does not divide the
-    batch, or statistics of other features.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, normjax.analysis.noise as noise
-      >>> x = jax.random.normal(jax.random.key(0), (64, 8, 8, 3))
-      >>> noise.gap(x, jnp.zeros(3), jnp.ones(3), size=16).mean.shape
-      (4, 3)
-    """
-    own, _ = _moments("gap", x)
-    mean, var = (jnp.asarray(a, own.mean.dtype) for a in (mean, var))
-    checks.require_features("gap", "axis", (1,), own.mean.shape, (mean, var))
-    size = len(own.mean) if size is None else size
-    checks.require("gap", "size", size, checks.positive)
-    if len(own.mean) % size:
-        raise ValueError(f"gap: size={size} does not divide a batch of {len(own.mean)}.")
-    parts = statistics.merge(Moments(*(a.reshape(-1, size, a.shape[-1]) for a in own)), axis=1)
-    return Gap((parts.mean - mean[None]) / jnp.sqrt(var[None]), jnp.log(parts.var / var[None]))
-
-
 def gaps(
     inputs: Mapping[str, jax.Array], statistics: Mapping[str, Any], *, size: int | None = None
 ) -> OrderedDict[str, Gap]:
-    """`gap` for the norms of a Flax model with `mean` and `var` of their own, on their first call.
+    """Compares the statistics that norms of a Flax model train with with their running ones.
 
-    `inputs` is what `normjax.analysis.layers.capture_inputs` returns, the model in training mode.
-    `statistics` is the collection "batch_stats" of a Linen model, or the state `nnx.state(model,
-    nnx.BatchStat)` of an NNX model as a dict, `nnx.to_pure_dict(...)`. ValueError if no norm is in
-    both.
+    The former are those of the G = B / size consecutive ghosts of an input, or with None of all of
+    it. The logarithm of the variance of a ghost is low on average, by `law(N).log_var` for dense
+    Gaussian features. `inputs` is what `normjax.analysis.layers.capture_inputs` returns, the model
+    in training mode, of which first calls count. `statistics` is the collection "batch_stats" of a
+    Linen model, or of an NNX model `nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))`. ValueError
+    if no norm has an input and a `mean` and `var` of its own, if these are of other features, and
+    for a size that does not divide the batch.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax.analysis.noise as noise
@@ -306,7 +263,19 @@ def gaps(
             f"gaps: the inputs {[*inputs]} and the running statistics of {[*running]} have no norm "
             "in common; both come from one model, whose norms have `mean` and `var` themselves."
         )
-    return OrderedDict((name, gap(inputs[name], *running[name], size=size)) for name in both)
+    return OrderedDict((name, _gap(inputs[name], *running[name], size)) for name in both)
+
+
+def _gap(x, mean, var, size):
+    own, _ = _moments("gaps", x)
+    mean, var = (jnp.asarray(a, own.mean.dtype) for a in (mean, var))
+    checks.require_features("gaps", "axis", (1,), own.mean.shape, (mean, var))
+    size = len(own.mean) if size is None else size
+    checks.require("gaps", "size", size, checks.positive)
+    if len(own.mean) % size:
+        raise ValueError(f"gaps: size={size} does not divide a batch of {len(own.mean)}.")
+    parts = merge(Moments(*(a.reshape(-1, size, a.shape[-1]) for a in own)), axis=1)
+    return Gap((parts.mean - mean[None]) / jnp.sqrt(var[None]), jnp.log(parts.var / var[None]))
 
 
 class Measures(NamedTuple):
@@ -340,8 +309,8 @@ def measure(
 ) -> OrderedDict[str, Measures]:
     """Draws ghosts of every map of a network, as `draw`, and compares their statistics with theory.
 
-    `maps` are such as `normjax.analysis.layers` captures: the inputs of norms, or their outputs,
-    which have the same ghosts. Those of all maps of a batch are of the same samples.
+    `maps` are such as `normjax.analysis.layers` captures: inputs of norms, or their outputs. Ghosts
+    of all maps are of the same samples.
 
     Example:
       >>> import jax, normjax.analysis.noise as noise
@@ -350,22 +319,25 @@ def measure(
       >>> round(float(found.shift_var[0] / found.shift_law[0]), 1)
       1.0
     """
-    found = OrderedDict()
-    for name, x in maps.items():
-        drawn = draw(key, x, size, ghosts=ghosts, drawing=drawing)
-        effective, samples = effective_size(x, size), len(x)
-        share = (samples - size) / max(samples - 1, 1) if drawing == "partition" else 1
-        shift_law = share / effective
-        found[name] = Measures(
-            effective_size=effective,
-            shift_var=jnp.mean(jnp.square(drawn.shift), 0),
-            shift_law=shift_law,
-            scale_square=jnp.mean(jnp.square(drawn.scale), 0),
-            scale_square_law=1 - shift_law,
-            scale_var=jnp.var(drawn.scale, 0),
-            scale_law=law(1 / shift_law).scale_var,
-        )
-    return found
+    how = size, ghosts, drawing
+    return OrderedDict((name, _measure(key, x, *how)) for name, x in maps.items())
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _measure(key, x, size, ghosts, drawing):
+    drawn = draw(key, x, size, ghosts=ghosts, drawing=drawing)
+    effective, samples = effective_size(x, size), len(x)
+    share = (samples - size) / max(samples - 1, 1) if drawing == "partition" else 1
+    shift_law = share / effective
+    return Measures(
+        effective_size=effective,
+        shift_var=jnp.mean(jnp.square(drawn.shift), 0),
+        shift_law=shift_law,
+        scale_square=jnp.mean(jnp.square(drawn.scale), 0),
+        scale_square_law=1 - shift_law,
+        scale_var=jnp.var(drawn.scale, 0),
+        scale_law=law(1 / shift_law).scale_var,
+    )
 
 
 def table(measured: Mapping[str, Measures]) -> list[dict[str, Any]]:
@@ -390,73 +362,6 @@ def table(measured: Mapping[str, Measures]) -> list[dict[str, Any]]:
     return rows
 
 
-def plot(measured: Mapping[str, Measures], size: int) -> "figures.Figure":
-    """Draws effective sizes, and the deviations of shift and scale beside theory, map by map.
-
-    These are medians over the channels, from the lowest to the highest for effective sizes; beside
-    them is what dense features have at `size`, that of `measure`. ValueError if no map varies.
-
-    Example:
-      >>> import jax, normjax.analysis.noise as noise
-      >>> found = noise.measure({"dense": jax.numpy.eye(3)}, 2, key=jax.random.key(0))
-      >>> [axes.get_title(loc="left") for axes in noise.plot(found, 2).axes]
-      ['effective size', 'deviation of the shift', 'deviation of the scale']
-    """
-    rows = [row for row in table(measured) if row["channels"]]
-    if not rows:
-        raise ValueError(f"plot: none of the maps {[*measured]} varies.")
-    names, at = [row["map"] for row in rows], range(len(rows))
-    median = {field: np.array([row[field] for row in rows]) for field in Measures._fields}
-    middle = median["effective_size"]
-    sizes = [np.asarray(measured[name].effective_size) for name in names]
-    ends = np.abs([[np.nanmin(s), np.nanmax(s)] for s in sizes] - middle[:, None]).T
-    titles = ("effective size", "deviation of the shift", "deviation of the scale")
-    figure, panels = figures.panels(1, 3, (4 + 0.8 * len(rows), 4), titles=titles, sharex=True)
-    blue, red, gray = figures.COLORS
-    first, *others = panels[0]
-    first.errorbar(at, middle, ends, fmt="o", color=blue, capsize=3, label="of the maps")
-    first.axhline(size, color=gray, linestyle="--", label=f"dense features: {size}")
-    first.set_yscale("log")
-    for axes, name in zip(others, ("shift", "scale"), strict=True):
-        drawn, theory = (np.sqrt(median[f"{name}_{kind}"]) for kind in ("var", "law"))
-        alone = np.sqrt(float(getattr(law(size), f"{name}_var")))
-        axes.plot(at, drawn, "o", color=blue, label="drawn")
-        axes.plot(at, theory, "x", color=red, label="at the effective size")
-        axes.axhline(alone, color=gray, linestyle="--", label="dense features")
-        axes.set_ylim(bottom=0)
-    for axes in panels[0]:
-        axes.set_xticks(at, names, rotation=90, fontsize=8)
-        axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def plot_draws(drawn: Ghosts, size: float) -> "figures.Figure":
-    """Draws histograms of shift and scale over all ghosts and channels, and their densities.
-
-    The densities are those of dense Gaussian ghosts of `size`. ValueError if no channel varies.
-
-    Example:
-      >>> import jax, normjax.analysis.noise as noise
-      >>> len(noise.plot_draws(noise.draw(jax.random.key(0), jax.numpy.eye(3), 2), 2).axes)
-      2
-    """
-    densities = (
-        lambda t: stats.norm.pdf(t, 0, size**-0.5),
-        lambda t: 2 * size * t * stats.chi2.pdf(size * jnp.square(t), size - 1),
-    )
-    titles = (f"shift, and Normal(0, 1/{size:g})", f"scale, and chi({size - 1:g}) / \u221a{size:g}")
-    figure, panels = figures.panels(1, 2, (9, 3), titles=titles)
-    for axes, values, density in zip(panels[0], drawn, densities, strict=True):
-        values = np.asarray(values)
-        values = values[~np.isnan(values)]
-        if not values.size:
-            raise ValueError("plot_draws: no channel varies.")
-        axes.hist(values, 60, density=True, color=figures.COLORS[0], alpha=0.4)
-        line = np.linspace(values.min(), values.max(), 200)
-        axes.plot(line, np.asarray(density(jnp.asarray(line))), color=figures.COLORS[1])
-    return figure
-
-
 __all__ = [
     "Gap",
     "Ghosts",
@@ -465,12 +370,8 @@ __all__ = [
     "double_noise",
     "draw",
     "effective_size",
-    "expected_size",
-    "gap",
     "gaps",
     "law",
     "measure",
-    "plot",
-    "plot_draws",
     "table",
 ]

@@ -1,7 +1,7 @@
 """How well statistics are known: from a small batch, from a prediction, and from both.
 
 `capture` finds them, and the true ones, at every Kalman norm of a Flax Linen model; `compare` turns
-them into errors, those of the fusion for every gain; `plot` shows these.
+them into errors, those of the fusion for every gain.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from normjax.analysis import figures
+from normjax.analysis.layers import capture_inputs
 from normjax.core import statistics
-from normjax.core.method import replace
 from normjax.core.statistics import Moments
 from normjax.linen.carry import carry
-from normjax.methods.ghost import Ghost
+from normjax.methods.batch import BatchNorm
 
-__all__ = ["Errors", "Statistics", "capture", "compare", "errors", "plot"]
+__all__ = ["Errors", "Statistics", "capture", "compare", "errors"]
 
 
 class Statistics(NamedTuple):
@@ -60,10 +58,10 @@ def capture(
 ) -> dict[str, Statistics]:
     """Statistics of the input of every Kalman norm of a model, by its path.
 
-    Works under `jax.jit`. The model, made for `normjax.linen.carry`, runs once, over all of `x`,
-    the samples first. Let it evaluate, so that its activations do not depend on small batches of
-    `batch_size`. `given` are the moments of the features of `x`, if they are known. ValueError if
-    `batch_size` does not divide the samples, or if there is no Kalman norm.
+    Works under `jax.jit`. The model, made for `normjax.linen.carry`, runs once, over all of `x`;
+    samples come first and features last. Let it evaluate, so that its activations do not depend on
+    small batches of `batch_size`. `given` are the moments of the features of `x`, if known.
+    ValueError if `batch_size` does not divide the samples, or if there is no Kalman norm.
 
     Example:
       >>> import jax, flax.linen as nn, normjax.analysis.propagation as propagation
@@ -77,25 +75,17 @@ def capture(
     """
     if x.shape[0] % batch_size:
         raise ValueError(f"capture: batch_size={batch_size} does not divide {x.shape[0]} samples.")
-    inputs: dict[str, tuple[Moments, Moments]] = {}
-
-    def look(call, args, kwargs, context):
-        y, name = call(*args, **kwargs), "/".join(context.module.path)
-        if context.method_name == "__call__" and name in found.priors:
-            method = context.module.method_of()
-            method = method.method if isinstance(method, Ghost) else method
-            method = replace(method, axis_name=None, axis_index_groups=None)
-            parts = args[0].reshape(-1, batch_size, *args[0].shape[1:])
-            parts = jax.vmap(method.observe)(parts)
-            inputs[name] = statistics.merge(parts), parts
-        return y
-
-    known = [] if given is None else [(x, given)]
-    with carry(known) as found, nn.intercept_methods(look):
-        model.apply(variables, x, **kwargs)
-    if not inputs:
+    with carry([] if given is None else [(x, given)]) as known:
+        inputs = capture_inputs(model, variables, x, **kwargs)
+    if not known.priors:
         raise ValueError(f"capture: {type(model).__name__} has called no Kalman norm.")
-    return {name: Statistics(*pair, found.priors[name]) for name, pair in inputs.items()}
+    found = {}
+    for name, prior in known.priors.items():
+        seen = inputs[name or "__call__"]
+        parts = seen.reshape(-1, batch_size, *seen.shape[1:])
+        batches: Any = jax.vmap(BatchNorm().observe)(parts)
+        found[name] = Statistics(statistics.merge(batches), batches, prior)
+    return found
 
 
 def errors(estimate: Moments, truth: Moments) -> Errors:
@@ -142,25 +132,3 @@ def compare(found: Statistics, gains: Sequence[float] = ()) -> dict[str, Errors]
         "prediction": errors(prior, found.truth),
         "fusion": jax.vmap(fused)(jnp.asarray(gains, batches.mean.dtype)),
     }
-
-
-def plot(tables: Mapping[str, Mapping[str, Errors]], gains: Sequence[float]) -> "figures.Figure":
-    """The errors of the fusion over the gain, a panel for mean and variance, a line for each norm.
-
-    `tables` holds what `compare` made of each norm with these `gains`.
-
-    Example:
-      >>> import jax.numpy as jnp, normjax.analysis.propagation as propagation
-      >>> table = {"fusion": propagation.Errors(jnp.ones(2), jnp.ones(2))}
-      >>> [len(axes.lines) for axes in propagation.plot({"norm": table}, [0.0, 0.5]).axes]
-      [1, 1]
-    """
-    titles = ("squared error of the mean / variance", "squared error of the log-variance")
-    figure, panels = figures.panels(1, 2, (10, 4), titles=titles)
-    for field, axes in zip(Errors._fields, panels[0], strict=True):
-        for name, table in tables.items():
-            values = np.asarray(getattr(table["fusion"], field), np.float64)
-            axes.plot(gains, np.maximum(values, 1e-12), label=name)
-        axes.set(yscale="log", xlabel="gain: 0 is the prediction, 1 the small batch")
-    panels[0, 0].legend(frameon=False, fontsize=8)
-    return figure

@@ -1,19 +1,18 @@
 """How large the feature maps of a network are, and how their power is spread over frequencies.
 
 `capture`, that of `normjax.analysis.layers`, returns the maps of a Flax model; `measure` reduces
-each to a few numbers; `table` and `plot` show these over depth and the steps of a training.
+each to a few numbers; `table` lists these over depth and steps, as `figures.plot` draws them.
 """
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax.analysis import figures
 from normjax.analysis.layers import capture as capture
 from normjax.core import checks
 from normjax.core.passes import widen
@@ -52,19 +51,17 @@ def measure(
 ) -> OrderedDict[str, Measures]:
     """A few numbers for each map, such as those that `capture` returns.
 
-    They show what https://arxiv.org/abs/2306.16999 is about: how large feature maps are, at
-    initialization and in training, and how uniform their frequencies. Maps are real arrays
-    [B, ..., C], not empty; up to three axes between the first and the last are spatial. There are
-    the zero frequency and `bands - 1` rings; the former counts in the flatness if `with_mean`.
-    Other maps and bands are a TypeError or a ValueError.
+    They show what https://arxiv.org/abs/2306.16999 is about: how large feature maps are, and how
+    uniform their frequencies. Maps are real arrays [B, ..., C], not empty (else TypeError or
+    ValueError); up to three axes between the first and the last are spatial. There are the zero
+    frequency and `bands - 1` rings; the former counts in the flatness if `with_mean`.
 
     Example:
-      >>> import jax
+      >>> import jax.numpy as jnp, normjax.analysis.spectra as spectra
       >>> from flax import nnx
-      >>> from normjax.analysis import spectra
       >>> model = nnx.Sequential(nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.relu)
       >>> run = nnx.jit(lambda model, x: spectra.measure(spectra.capture(model, x)))
-      >>> list(run(model, jax.random.normal(jax.random.key(0), (16, 8, 8, 3))))
+      >>> list(run(model, jnp.ones((2, 8, 8, 3))))
       ['layers/0', '__call__']
     """
     if not isinstance(maps, Mapping):
@@ -121,10 +118,9 @@ def _spectral(z, bands, with_mean):
 def table(history: Mapping[int, Mapping[str, Measures]]) -> list[dict[str, Any]]:
     """What `measure` returned, by step, as rows for `csv.DictWriter` or `pandas.DataFrame`.
 
-    A row per step and map: "step", "depth" (the place of the map, from 0), "map" (its name), the
-    measures that are one number, and "share_0", "share_1" and so on; None for what a map without
-    spatial axes does not have. ValueError for an empty history, or steps that differ in maps or
-    bands.
+    A row per step and map: "step", "depth" (the place of the map, from 0), "map", the measures that
+    are one number, "share_0", "share_1" and so on; None for what a map does not have. ValueError
+    for an empty history, or steps that differ in maps or bands.
 
     Example:
       >>> import jax.numpy as jnp, normjax.analysis.spectra as spectra
@@ -152,104 +148,4 @@ def table(history: Mapping[int, Mapping[str, Measures]]) -> list[dict[str, Any]]
     return rows
 
 
-def plot(
-    history: Mapping[int, Mapping[str, Measures]],
-    *,
-    maps: Sequence[str] | None = None,
-    measures: Sequence[str] = Measures._fields,
-) -> "figures.Figure":
-    """Draws the measures over depth, and over steps if there are several, a row of panels each.
-
-    Over depth up to five of the steps are drawn, the first and the last among them; shares of
-    energy at the last. Over steps there is a line per map; shares are averaged over the maps.
-    `maps` are the names of those to draw, all without it. ValueError as `table`, and for a name in
-    `maps` or `measures` that does not exist.
-
-    Example:
-      >>> import jax.numpy as jnp, normjax.analysis.spectra as spectra
-      >>> maps = {"conv": jnp.ones((2, 4, 4, 3)), "logits": jnp.ones((2, 10))}
-      >>> figure = spectra.plot({0: spectra.measure(maps)}, measures=("rms", "shares"))
-      >>> [panel.get_ylabel() for panel in figure.axes]
-      ['rms', 'shares']
-    """
-    rows, steps = table(history), list(history)
-    known = list(history[steps[0]])
-    shown = [name for name in known if maps is None or name in maps]
-    unknown = [*(set(maps or ()) - set(known)), *(set(measures) - set(Measures._fields))]
-    if unknown or not shown or not measures:
-        raise ValueError(
-            f"plot: maps={maps!r} and measures={measures!r} name none, or others than "
-            f"{known} and {Measures._fields}."
-        )
-    colors = _colors("plasma", 0, 0.85, len(shown))
-    columns, width = min(len(steps), 2), max(3 + 0.2 * len(shown), 6)
-    size = width + 7 * (columns - 1), 1.8 * len(measures) + 1.5
-    how: Any = dict(sharex="col", sharey="row", width_ratios=(width, 5)[:columns])
-    figure, panels = figures.panels(len(measures), columns, size, **how)
-
-    def values(field):
-        cells = [row[field] for row in rows if row["map"] in shown]
-        return np.array(cells, float).reshape(len(steps), len(shown))
-
-    for field, row in zip(measures, panels, strict=True):
-        row[0].set_ylabel(field)
-        if field != "shares":
-            _draw_lines(row, steps, values(field), colors, log=field != "flatness")
-        elif shares := [values(key) for key in rows[0] if key.startswith("share_")]:
-            _draw_shares(row, steps, np.array(shares))
-    _label(panels, panels[[field != "shares" for field in measures]], shown, colors)
-    return figure
-
-
-def _colors(name, first, last, number):
-    """So many colors between two places of a color map."""
-    from matplotlib import colormaps
-
-    return colormaps[name](np.linspace(first, last, number))
-
-
-def _draw_lines(row, steps, value, colors, log):
-    """Draws [steps, maps]: some steps over the maps, then every map over the steps."""
-    some = np.unique(np.linspace(0, len(steps) - 1, 5).round().astype(int))
-    for i, color in zip(some, _colors("viridis", 0.8, 0, len(some)), strict=True):
-        row[0].plot(value[i], "o-", color=color, markersize=3, label=f"step {steps[i]}")
-    for axes in row[1:]:
-        for line, color in zip(value.T, colors, strict=True):
-            axes.plot(steps, line, color=color, linewidth=1)
-    if log and (value > 0).any():
-        row[0].set_yscale("log")
-
-
-def _draw_shares(row, steps, shares):
-    """Draws shares [bands, steps, maps], those of the last step, and averaged over the maps."""
-    colors = _colors("cividis", 0, 1, len(shares))
-    below = np.cumsum(shares, 0) - shares
-    for band, color in enumerate(colors):
-        label = f"\u2264 {band / (len(shares) - 1):.2f}" if band else "0 (mean)"
-        at = range(shares.shape[-1])
-        row[0].bar(at, shares[band, -1], 0.9, below[band, -1], color=color, label=label)
-    row[0].set(ylim=(0, 1))
-    row[0].set_title(f"step {steps[-1]}", loc="right", fontsize=8)
-    for axes in row[1:]:
-        spatial = ~np.isnan(shares).all((0, 1))
-        axes.stackplot(steps, shares[:, :, spatial].sum(2) / max(spatial.sum(), 1), colors=colors)
-        axes.set_title("mean over the maps", loc="right", fontsize=8)
-    beside = dict(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, fontsize=8)
-    row[-1].legend(*row[0].get_legend_handles_labels(), title="|k| / largest", **beside)
-
-
-def _label(panels, lines, shown, colors):
-    """Names the maps under the last row, and tells on the first row of lines what they are."""
-    panels[-1, 0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
-    for axes in lines[:1, 0]:
-        steps = len(axes.get_lines())
-        axes.legend(ncols=steps, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
-    for axes in lines[:1, 1:].flat:
-        axes.set_title("a line per map, in the color of its name", fontsize=10)
-    for axes in panels[-1, 1:]:
-        axes.set_xlabel("step")
-        for label, color in zip(panels[-1, 0].get_xticklabels(), colors, strict=True):
-            label.set_color(color)
-
-
-__all__ = ["Measures", "capture", "measure", "plot", "table"]
+__all__ = ["Measures", "capture", "measure", "table"]

@@ -47,6 +47,11 @@ def absorb(method: RunningFields, state: Running, seen: Moments | Parted) -> Run
     return average_filled(state, each, filled(seen.parts))
 
 
+def absorb_whole(method: RunningFields, state: Running, seen: Any) -> Running:
+    """Moves `state` towards the moments of the whole batch, whatever its parts."""
+    return absorb(method, state, statistics.whole(seen))
+
+
 def filled(parts: Moments) -> jax.Array:
     """bool[parts]: whether a part of a batch has a sample."""
     return jnp.any(parts.count > 0, axis=tuple(range(1, parts.count.ndim)))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -51,31 +50,3 @@ def without_initializers(method: Any) -> Any:
     fields = [f for f in dataclasses.fields(method) if f.name.endswith("_init")]
     defaults = {f.name: f.default for f in fields if getattr(method, f.name) != f.default}
     return dataclasses.replace(method, **defaults) if defaults else method
-
-
-def alike(a: Any, b: Any) -> bool:
-    """Whether two configurations say the same: functions count by code and what they close over."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, types.FunctionType):
-        return a.__code__ == b.__code__ and alike(_closed_over(a), _closed_over(b))
-    if isinstance(a, functools.partial):
-        return alike((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(alike, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
-    if dataclasses.is_dataclass(a):
-        return all(alike(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
-    try:
-        return bool(a == b)
-    except ValueError:  # arrays
-        return False
-
-
-def _closed_over(function):
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    named = function.__module__, function.__globals__.get("__name__"), function.__defaults__
-    return *named, function.__kwdefaults__, cells

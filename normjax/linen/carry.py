@@ -66,18 +66,14 @@ def carry(
     A Kalman norm gets as its prior what the layers before it make of the posterior of the last one:
     `nn.Conv` and `nn.Dense` (without a mask, and with a padding that has moments), `add` and
     `pointwise`. Give norms their activation as a field: a `nn.relu` behind a norm makes an unknown
-    array. Under `jax.jit` it belongs inside of the traced function.
+    array. Under `jax.jit` it belongs inside of the traced function. Yields the tracker, whose
+    `priors` has the prior (or None) of every Kalman norm by its path. ValueError for a Kalman norm,
+    or a layer behind one, in a transformation within the model.
 
     Args:
       inputs: pairs of an array that goes into the model and its moments.
       posterior: "output": norms hand on the moments of their outputs. "fused": those that
         normalized their inputs, taken through the activation, as the public implementation does.
-
-    Yields:
-      The tracker, whose `priors` has the prior (or None) of every Kalman norm by its path.
-
-    Raises:
-      ValueError: for a Kalman norm, or a layer behind one, in a transformation within the model.
 
     Example:
       >>> import jax, normjax.linen

@@ -24,10 +24,8 @@ class Chain(Configuration):
     Composition as in optax, https://optax.readthedocs.io/en/latest/api/combining_optimizers.html
 
     Attributes:
-      methods: the methods, first to last.
-
-    Raises:
-      ValueError: if there is none, one is not a method, or they take one input in different ways.
+      methods: the methods, first to last. ValueError if there is none, one is not a method, or they
+        take one input in different ways.
 
     Example:
       >>> import jax, normjax as nj

@@ -212,15 +212,12 @@ class GhostBatchNorm(PartFields):
     samples of the global batch share statistics, which move the running ones by their average.
 
     Attributes:
-      ghost_batch_size: samples per part; divides the batch. None: the whole batch.
+      ghost_batch_size: samples per part; divides the batch (else ValueError). None: all of it.
       axis_name: as in `Ghost`.
       axis_index_groups: must be None: `ghost_batch_size` makes the groups.
       axis, momentum, epsilon, use_scale, use_bias, scale_init, bias_init, dtype, param_dtype,
         activation, running_average, unbiased_running_var, skip_nonfinite, constant_statistics: as
-        in `BatchNorm`; the samples lie on axis 0.
-
-    Raises:
-      ValueError: as `BatchNorm`, and for parts that do not fit the batch and the devices.
+        in `BatchNorm`, with its errors; the samples lie on axis 0.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -274,10 +271,7 @@ class EvalNorm(PartFields):
       own_weight: "1/N", or "1/N^2" as in the public implementation (epfml/ghost-noise).
       axis, momentum, epsilon, use_scale, use_bias, scale_init, bias_init, dtype, param_dtype,
         axis_name, axis_index_groups, activation, running_average, unbiased_running_var,
-        skip_nonfinite, constant_statistics: as in `GhostBatchNorm`.
-
-    Raises:
-      ValueError: as `GhostBatchNorm`.
+        skip_nonfinite, constant_statistics: as in `GhostBatchNorm`, with its errors.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -326,13 +320,10 @@ class ExclusiveBatchNorm(GhostFields):
     statistics.
 
     Attributes:
-      ghost_batch_size: samples per group, > 1 (without positions > 2). None: the whole batch.
+      ghost_batch_size: samples per group, > 1, without positions > 2 (else ValueError). None: all.
       axis, momentum, epsilon, use_scale, use_bias, scale_init, bias_init, dtype, param_dtype,
         axis_name, axis_index_groups, activation, running_average, unbiased_running_var,
-        skip_nonfinite, constant_statistics: as in `GhostBatchNorm`.
-
-    Raises:
-      ValueError: as `GhostBatchNorm`, and for groups that leave single values.
+        skip_nonfinite, constant_statistics: as in `GhostBatchNorm`, with its errors.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -345,6 +336,7 @@ class ExclusiveBatchNorm(GhostFields):
     ghost_batch_size: int | None = field(None, COUNT)
 
     init, evaluation, apply = batch.init, batch.evaluation, seam.apply
+    absorb = running.absorb_whole
 
     def __post_init__(self):
         super().__post_init__()
@@ -385,10 +377,6 @@ class ExclusiveBatchNorm(GhostFields):
     ) -> Normalizer:
         """Normalizes every sample by the statistics of the others."""
         return batch.normalizer(self, params, seen.parts.mean, seen.parts.var)
-
-    def absorb(self, state: Running, seen: Any) -> Running:
-        """The running statistics moved by those of the whole batch."""
-        return running.absorb(self, state, statistics.whole(seen))
 
 
 def _leave_one_out(own: Moments, group: Moments) -> Moments:

@@ -415,10 +415,7 @@ class GhostNoiseBatchNorm(DrawingFields, GhostFields):
       axis_index_groups: must be None.
       axis, momentum, epsilon, use_scale, use_bias, scale_init, bias_init, dtype, param_dtype,
         axis_name, activation, running_average, unbiased_running_var, skip_nonfinite,
-        constant_statistics: as in `BatchNorm`; the samples lie on axis 0.
-
-    Raises:
-      ValueError: as `BatchNorm` and `GhostNoise`.
+        constant_statistics: as in `BatchNorm`, with the errors of both; the samples lie on axis 0.
 
     Example:
       >>> import jax, normjax as nj
@@ -430,6 +427,7 @@ class GhostNoiseBatchNorm(DrawingFields, GhostFields):
     noise_epsilon: float = field(1e-3, checks.interval(0))
 
     init, evaluation, apply = batch.init, batch.evaluation, seam.apply
+    absorb = running.absorb_whole
 
     def observe(self, x: Any, mask: Mask = None) -> Parted:
         """Moments of the batch [features]; `parts` has those of every sample."""
@@ -463,10 +461,6 @@ class GhostNoiseBatchNorm(DrawingFields, GhostFields):
         bias = -shift * slope if bias is None else bias - shift * slope
         return Normalizer(total.mean, inverse * slope, None, bias)
 
-    def absorb(self, state: Running, seen: Any) -> Running:
-        """The running statistics moved by those of the whole batch."""
-        return running.absorb(self, state, statistics.whole(seen))
-
 
 @dataclasses.dataclass(frozen=True)
 class AnalyticGhostNoise(NoiseFields):
@@ -482,15 +476,13 @@ class AnalyticGhostNoise(NoiseFields):
 
     Attributes:
       ghost_batch_size: N, > 1 for noise of the scale.
-      axis, dtype, noise, strength, unbiased_scale: as in `GhostNoise`.
+      axis, dtype, noise, strength, unbiased_scale: as in `GhostNoise`, with its errors.
       axis_name: mapped axis name(s) whose devices hold the global batch and have the same key.
         Without it, fold `lax.axis_index` into the key.
       shift_unit: "one"; "deviation": the shift is in units of the deviation of the sample's own
-        channel over positions, for input that is not normalized; "deviation, differentiated": with
-        the gradient of these, as in the public implementation (there infinite for constant maps).
-
-    Raises:
-      ValueError: as `GhostNoise`; in training, for deviations of single values.
+        channel over positions (ValueError if it has none), for input that is not normalized;
+        "deviation, differentiated": with the gradient of these, as in the public implementation
+        (there infinite for constant maps).
 
     Example:
       >>> import jax, normjax as nj

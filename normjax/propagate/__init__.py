@@ -22,7 +22,6 @@ from normjax.propagate.layers import (
     conv,
     dense,
     max_pool,
-    sampled,
 )
 from normjax.propagate.moments import prediction
 
@@ -37,5 +36,4 @@ __all__ = [
     "max_pool",
     "prediction",
     "relu",
-    "sampled",
 ]

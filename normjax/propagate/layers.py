@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normjax.core import passes
 from normjax.core.statistics import Moments
 from normjax.propagate.borders import Padding, borders, inside
 from normjax.propagate.moments import common_dtype, deviation, lift, parts, prediction, row
@@ -111,7 +110,8 @@ def conv(
 
     Near the border a window sees zeros of the padding, so that mean and variance depend on the
     position. The moments over all positions are exact: the mean of the means there, and the mean of
-    the variances plus the variance of the means.
+    the variances plus the variance of the means. ValueError for shapes that do not fit, an output
+    without positions, or an unknown padding.
 
     Args:
       moments: those of the input at any position, [..., I].
@@ -121,9 +121,6 @@ def conv(
       padding: "SAME", "SAME_LOWER", "VALID", "CIRCULAR", "CAUSAL" (one spatial axis), a number for
         all axes, or for each axis a number or a pair (low, high).
       strides, input_dilation, kernel_dilation, feature_group_count: as in `flax.linen.Conv`.
-
-    Raises:
-      ValueError: for shapes that do not fit, an output without positions, or an unknown padding.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -163,34 +160,6 @@ def _at_borders(a, kernel, taps):
     for axis, kinds in enumerate(taps, len(lead)):
         a = jnp.moveaxis(_dot(jnp.moveaxis(a, axis, -1), kinds.T.astype(a.dtype)), -1, axis)
     return a
-
-
-def sampled(moments: Moments, noise: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> Moments:
-    """Moments, over positions, of a layer's output for one Gaussian image: a noisy closed form.
-
-    What the public implementation of the paper (wanggrun/Kalman-Normalization) does, with a ReLU
-    and a convolution as `layer`, a function of images [..., *size, I] with values [..., *positions,
-    O]. `noise` are standard normal numbers [..., *size, I], an image for every leading index of the
-    moments [..., I] at any position.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, normjax as nj
-      >>> x = nj.propagate.prediction(jnp.zeros(3), jnp.ones(3))
-      >>> noise = jax.random.normal(jax.random.key(0), (8, 8, 3))
-      >>> nj.propagate.sampled(x, noise, lambda image: jax.nn.relu(image[::2, ::2])).mean.shape
-      (3,)
-    """
-    mean, var = parts("sampled", moments, noise)
-    noise, lead = jnp.asarray(noise).astype(mean.dtype), mean.ndim - 1
-    if noise.ndim <= mean.ndim or (*noise.shape[:lead], noise.shape[-1]) != mean.shape:
-        raise ValueError(
-            f"sampled: noise of shape {noise.shape} does not fit moments of shape {mean.shape}."
-        )
-    at = tuple(range(lead, noise.ndim - 1))
-    scale, mean = (jnp.expand_dims(a, at) for a in (deviation(mean, var), mean))
-    y = layer(noise * scale + mean)
-    axes = tuple(range(lead, y.ndim - 1))
-    return prediction(*(a.squeeze(axes) for a in passes.moments(y, axes)[1:]))
 
 
 def average_pool(

@@ -5,18 +5,17 @@ from typing import Any
 
 from normjax.core.compat import plain_derivatives
 from normjax.testing import derivatives, devices, masks, numbers, structure
-from normjax.testing.derivatives import adjoint_gap, slope_gap
+from normjax.testing.derivatives import derivative_gaps
 from normjax.testing.measure import count_collectives, residual_bytes
 from normjax.testing.subject import Subject, with_axis_name
 
 __all__ = [
     "Subject",
-    "adjoint_gap",
     "check_method",
     "count_collectives",
+    "derivative_gaps",
     "plain_derivatives",
     "residual_bytes",
-    "slope_gap",
     "with_axis_name",
 ]
 
@@ -46,18 +45,13 @@ def check_method(
 ) -> list[str]:
     """Puts a method through the contract; returns the names of the checks that ran.
 
-    Checks that need devices use all there are, two or more; where there is one, simulate several
-    with `XLA_FLAGS=--xla_force_host_platform_device_count=8`. Under mapped axes a method that
-    differs between training and evaluation gets `axis_name` set, in itself or in its parts.
+    `shape` is that of an input, the batch first; `only` and `skip` are names of checks to run and
+    not to run, of `CHECKS` (else ValueError); `promises` are the other fields of `Subject`, such as
+    `residual_bytes`. AssertionError at the first promise that does not hold.
 
-    Args:
-      method: what is tested.
-      shape: shape of an input, the batch first; the number of devices must divide the batch.
-      only, skip: names of checks to run, and not to run, of `CHECKS` (else ValueError).
-      **promises: the other fields of `Subject`, such as `residual_bytes`.
-
-    Raises:
-      AssertionError: at the first promise that does not hold.
+    Checks that need devices use all there are, two or more, by which the batch can be divided;
+    where there is one, simulate several with `XLA_FLAGS=--xla_force_host_platform_device_count=8`.
+    Under mapped axes a method that trains gets `axis_name` set, in itself or in its parts.
 
     Example:
       >>> import normjax as nj

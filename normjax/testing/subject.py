@@ -29,10 +29,8 @@ class Subject:
       masks_positions: whether a mask may hide single positions of a sample.
       fits_positions: whether the method fits any number of positions, not those of `shape` only.
       extra: `extra(dtype, shape)` makes further inputs of `apply` by name, in the dtype of the
-        statistics; those that the traits call "sample" are masked, dropped and divided with `x`.
-
-    Raises:
-      ValueError: for an extra input that the traits do not name.
+        statistics; those that the traits call "sample" are masked, dropped and divided with `x`,
+        and those that they do not name are a ValueError.
 
     Example:
       >>> import normjax as nj

@@ -56,7 +56,7 @@ drawn = jax.jit(noise.draw, static_argnames=FIXED)
 indices_of = jax.jit(noise._indices, static_argnames=("samples", *FIXED))
 doubled = jax.jit(noise.double_noise, static_argnames=("batch", *FIXED))
 measured = jax.jit(noise.measure, static_argnames=FIXED)
-gap_of = jax.jit(noise.gap, static_argnames="size")
+gaps = jax.jit(noise.gaps, static_argnames="size")
 effective, law_of = jax.jit(noise.effective_size), jax.jit(noise.law)
 
 
@@ -205,7 +205,7 @@ class EffectiveSizeTest(parameterized.TestCase):
     @parameterized.parameters(0.0, 0.1, 0.3, 0.5, 0.8, 1.0)
     def test_correlated_positions(self, share):
         found = effective(correlated(share, 20_000), 16)
-        expected = noise.expected_size(16, share, 16)
+        expected = 16 / (share + (1 - share) / 16)
         close(expected, 16 / (share + (1 - share) / 16), 1e-12)
         np.testing.assert_allclose(found, expected, rtol=0.03)
 
@@ -288,6 +288,11 @@ class NetNNX(nnx.Module):
         return self.norm(self.conv(x))
 
 
+def gap_of(x, mean, var, size=None):
+    """Of one norm."""
+    return gaps({"norm": x}, {"norm": {"mean": mean, "var": var}}, size=size)["norm"]
+
+
 class GapTest(parameterized.TestCase):
     @parameterized.parameters((None,), (4,), (12,))
     def test_brute_force(self, size):
@@ -309,7 +314,6 @@ class GapTest(parameterized.TestCase):
         variables = start(net, x)
         capture = functools.partial(layers.capture_inputs, net, train=True)
         inputs = jax.jit(capture)(variables, x)
-        gaps = jax.jit(noise.gaps, static_argnames="size")
         found = gaps(inputs, variables["batch_stats"], size=4)
         self.assertEqual(list(found), ["norm", "last"])
         close(found["norm"], gap_of(inputs["norm"], np.zeros(4), np.ones(4), size=4), 0)
@@ -325,8 +329,8 @@ class GapTest(parameterized.TestCase):
         self.assertEqual({name: gap.mean.shape for name, gap in found.items()}, {"norm": (4, 4)})
 
     @parameterized.parameters(
-        (lambda: noise.gap(draw(0, 8, 3), np.zeros(3), np.ones(3), size=3), "size=3 does not div"),
-        (lambda: noise.gap(draw(0, 8, 3), np.zeros(2), np.ones(3)), "made for"),
+        (lambda: gap_of(draw(0, 8, 3), np.zeros(3), np.ones(3), size=3), "size=3 does not div"),
+        (lambda: gap_of(draw(0, 8, 3), np.zeros(2), np.ones(3)), "made for"),
         (lambda: noise.gaps({"a": draw(0, 8, 3)}, {}), "no norm"),
     )
     def test_rejects(self, call, message):
@@ -402,31 +406,3 @@ class MeasureTest(parameterized.TestCase):
         writer = csv.DictWriter(io.StringIO(), rows[0])
         writer.writeheader()
         writer.writerows(rows)
-
-    def test_plot(self):
-        found = found_in_maps()
-        figure = noise.plot(found, 8)
-        rows = noise.table(found)
-        drawn, theory, _ = figure.axes[1].lines
-        close(drawn.get_ydata() ** 2, np.array([row["shift_var"] for row in rows]), 1e-6)
-        close(theory.get_ydata() ** 2, np.array([row["shift_law"] for row in rows]), 1e-6)
-        names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-        self.assertEqual(names, ["conv", "dense", "still"])
-        figure.savefig(io.BytesIO(), dpi=20)
-        with self.assertRaisesRegex(ValueError, "none of the maps"):
-            noise.plot(noise.measure({"zero": np.zeros((8, 2))}, 8, key=KEY), 8)
-
-    def test_plot_of_draws(self):
-        """The densities drawn integrate to one and have the moments of the law."""
-        figure = noise.plot_draws(drawn(KEY, draw(0, 500, 3), 6, ghosts=4000), 6)
-        law = law_of(6)
-        moments = (0, float(law.shift_var)), (float(law.scale_mean), float(law.scale_var))
-        for axes, (mean, var) in zip(figure.axes, moments, strict=True):
-            t, density = axes.lines[0].get_data()
-            whole = integrate.trapezoid(density, t)
-            close(whole, 1.0, 0.01)
-            close(integrate.trapezoid(t * density, t), mean, 0.01)
-            close(integrate.trapezoid((t - mean) ** 2 * density, t), var, 0.01)
-        figure.savefig(io.BytesIO(), dpi=20)
-        with self.assertRaisesRegex(ValueError, "no channel varies"):
-            noise.plot_draws(noise.draw(KEY, np.ones((8, 2)), 6), 6)

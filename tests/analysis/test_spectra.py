@@ -8,7 +8,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from absl.testing import parameterized
 from agreement import close, draw
 from flax import linen as nn
@@ -177,64 +176,10 @@ class HistoryTest(parameterized.TestCase):
         writer.writeheader()
         writer.writerows(rows)
 
-    def test_plot_over_depth_and_steps(self):
-        found = history()
-        figure = spectra.plot(found, maps=("flat", "grows"))
-        depth, steps = figure.axes[:2]
-        self.assertEqual(
-            [line.get_label() for line in depth.lines], [f"step {i}" for i in (0, 20, 30, 40, 60)]
-        )
-        rms = np.array([[float(found[i][name].rms) for name in ("grows", "flat")] for i in found])
-        drawn = [np.array([line.get_ydata() for line in axes.lines]) for axes in (depth, steps)]
-        close(drawn, [rms[[0, 2, 3, 4, 6]], rms.T], 0)
-        names = [label.get_text() for label in figure.axes[-2].get_xticklabels()]
-        self.assertEqual(names, ["grows", "flat"])
-        heights = [bar.get_height() for bar in figure.axes[-2].patches[::2]]
-        close(heights, found[60]["grows"].shares.tolist(), 0)
-
-    def test_plot_without_any_spectrum(self):
-        found = {step: spectra.measure({"a": jnp.ones((2, 3))}) for step in range(2)}
-        spectra.plot(found).savefig(io.BytesIO(), dpi=20)
-
-    @parameterized.parameters(
-        (1, dict()),
-        (2, dict(measures=["shares"])),
-        (1, dict(measures=("shares", "norm"))),
-        (2, dict(maps=["flat"], measures=("rms", "shares"))),
-        (1, dict(maps=["zero"], measures=("rms", "shares"))),
-        (2, dict(maps=["diverges"], measures=("maximum", "flatness", "shares"))),
-    )
-    def test_plot_draws(self, steps, options):
-        self.check_plot(steps, options)
-
-    @parameterized.product(
-        steps=(1, 2),
-        options=(
-            dict(),
-            dict(measures=["shares"]),
-            dict(measures=("shares", "norm")),
-            dict(maps=["flat"]),
-            dict(maps=["zero"]),
-            dict(maps=["diverges"], measures=("maximum", "flatness", "shares")),
-        ),
-    )
-    @pytest.mark.slow
-    def test_plot_draws_all(self, steps, options):
-        self.check_plot(steps, options)
-
-    def check_plot(self, steps, options):
-        figure = spectra.plot(history(steps), **options)
-        self.assertLen(figure.axes, steps * len(options.get("measures", range(6))))
-        figure.savefig(io.BytesIO(), dpi=20)
-
     @parameterized.parameters(
         (lambda: spectra.table({}), "no maps"),
         (lambda: spectra.table({0: {}}), "no maps"),
-        (lambda: spectra.plot({}), "no maps"),
         (lambda: spectra.table(history() | {90: spectra.measure({"a": jnp.ones((2, 3))})}), "maps"),
-        (lambda: spectra.plot(history(), maps=["missing"]), "missing"),
-        (lambda: spectra.plot(history(), maps=[]), "none"),
-        (lambda: spectra.plot(history(), measures=["size"]), "size"),
     )
     def test_rejects(self, call, message):
         with self.assertRaisesRegex(ValueError, message):

@@ -15,6 +15,7 @@ from benchmarks import compare, machine, options, report
 
 RUN = ["--model", "mlp", "--methods", "BatchNorm LayerNorm", "InstanceNorm"]
 RUN += ["--seeds", "3", "--epochs", "2", "--train-size", "200", "--batch-size", "50"]
+RUN += ["--validation", "0.25", "--both-modes"]
 
 
 def call(capsys, *argv):
@@ -51,7 +52,7 @@ def test_results(finished):
     assert results["machine"] == machine.describe()
     assert results["configuration"]["methods"] == ["BatchNorm", "LayerNorm", "InstanceNorm"]
     assert results["configuration"].keys() == options.Config.__dataclass_fields__.keys()
-    assert results["data"]["train_images"] == 200
+    assert results["data"]["train_images"] == 150
     assert results["data"]["test_images"] == 540
     batch, layer, instance = results["runs"]
     assert (batch["method"], batch["baseline"], layer["baseline"]) == ("BatchNorm", True, False)
@@ -408,15 +409,10 @@ def test_no_recipe_leaves_no_trace(finished):
     assert all(run.keys().isdisjoint({"plain", "moved"}) for run in results["runs"])
 
 
-def test_validation_and_both_modes(tmp_path, capsys):
-    argv = [*RUN, "--seeds", "2", "--validation", "0.25", "--both-modes", "--output", tmp_path]
-    code, _, err = call(capsys, *argv)
-    assert (code, err) == (0, "")
-    results = load(tmp_path)
-    assert results["data"]["train_images"] == 150
-    batch, layer, instance = results["runs"]
+def test_validation_and_both_modes(finished):
+    batch, layer, instance = load(finished)["runs"]
     for run in (batch, layer):
-        assert len(run["validation_accuracy"]) == 2
+        assert len(run["validation_accuracy"]) == 3
         right = np.array(run["validation_accuracy"]) * 50
         np.testing.assert_allclose(right, right.round(), atol=1e-9)
     modes = layer["train_accuracy"]

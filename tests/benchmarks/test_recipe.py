@@ -194,6 +194,12 @@ def test_neutral_arm_is_the_baseline_bit_for_bit(finished):
     assert finished["paired"][0]["p_value"] is None
 
 
+def test_without_validation_all_images_train_and_nothing_more_is_measured(finished):
+    assert finished["data"]["train_images"] == 200
+    asked_for = {"validation_accuracy", "train_accuracy"}
+    assert all(run.keys().isdisjoint(asked_for) for run in finished["runs"])
+
+
 def test_arm_of_the_recipe(finished, capsys):
     plain, _, arm = finished["runs"]
     assert arm["method"] == "BatchNorm(momentum=0.9), g0=0.1 c=100 input_norm"
