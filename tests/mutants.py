@@ -143,13 +143,13 @@ OF_PASSES = {
         VARIANCE,
         "pool(square, channel_groups) / n - jnp.square(gap), 0)",
         "pool(square, channel_groups) / n, 0)",
-        some("test_variance.py", "exact_in_float32 and share"),
+        some("test_variance.py", "exact_in_float32 and gpu"),
     ),
     "a masked share is trusted": Mutant(
         VARIANCE,
-        "if mask is not None or cuts is None or rows:",
-        "if cuts is None or rows:",
-        some("test_variance.py", "exact_in_float32 and share"),
+        "if mask is not None or in_one_kernel:",
+        "if in_one_kernel:",
+        some("test_variance.py", "exact_in_float32 and gpu"),
     ),
     "cancellation is not mended": Mutant(
         VARIANCE,
@@ -173,7 +173,7 @@ OF_PASSES = {
         GPU,
         "tuple(p + q for p, q in zip(a, b, strict=True))",
         "(a[0] + b[0], b[1])",
-        some("test_variance.py", "exact_in_float32 and share"),
+        some("test_variance.py", "exact_in_float32 and gpu"),
     ),
     "pool of channels is their mean": Mutant(
         VARIANCE,

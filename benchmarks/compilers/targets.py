@@ -154,7 +154,8 @@ class Compiler:
         found = dataclasses.asdict(traffic.count(text))
         found["temporaries"] = compiled.memory_analysis().temp_size_in_bytes
         cost = compiled.cost_analysis() or {}
-        if cost and " while(" not in text:
+        loops = [line for line in text.splitlines() if " while(" in line]
+        if cost and all(map(traffic.is_exception, loops)):
             found["accessed"] = int(cost["bytes accessed"])
             seconds = cost.get("optimal_seconds", -1.0)
             found["seconds"] = seconds if seconds > 0 else None

@@ -214,11 +214,16 @@ def _collectives(module, one, opcode, arguments):
     return Counter({f"{opcode} {m}": n for m, n in zip(MEASURES, numbers, strict=True)})
 
 
+def is_exception(loop: str) -> bool:
+    """Whether a loop, of which this is the text, runs for extraordinary data only."""
+    return "where_inexact" in loop
+
+
 def trips(module: Module, computation: Computation, loop: Instruction) -> int:
     """How often a loop runs: as the compiler notes, or as its counter says.
 
     A counter starts at a constant, has a constant added by the body, and is compared with a
-    constant by the condition.
+    constant by the condition. A loop that runs for extraordinary data only counts as one run.
 
     Raises:
       ValueError: if the text says neither.
@@ -226,6 +231,8 @@ def trips(module: Module, computation: Computation, loop: Instruction) -> int:
     noted = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if noted:
         return int(noted[1])
+    if is_exception(loop.attributes):
+        return 1
     runs = _counted(module, computation, loop)
     if runs is None:
         raise ValueError(f"the text does not say how often the loop {loop.name} runs")

@@ -36,9 +36,11 @@ def sums(values: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
     """
     shape = values[0].shape
     first, *others = axes
+    alone = len(values) == 1 or not others or any(map(any, map(spec, values)))
+    if alone or not all(isinstance(n, int) for n in shape):  # sizes of an exported family
+        return [jnp.sum(a, axes, keepdims=True) for a in values]
     terms = math.prod(shape[i] for i in others)
-    few = terms < PARTS or terms * shape[first] <= TERMS
-    if len(values) == 1 or few or any(map(any, map(spec, values))):
+    if terms < PARTS or terms * shape[first] <= TERMS:
         return [jnp.sum(a, axes, keepdims=True) for a in values]
     parts = [jnp.sum(a, others, keepdims=True) for a in values]
     zeros = tuple(np.zeros((), a.dtype) for a in parts)
