@@ -97,13 +97,21 @@ def wrapped(command: str) -> str:
     return " \\\n  ".join(lines).replace("\0", " ")
 
 
-def summary(measured, speed):
+def summary(measured, compiled, speed):
     """The differences that the README begins with."""
     yield "measured", "flax", "normjax"
     found = {row["case"] + ": " + row["measure"]: row for row in measured["rows"]}
     for words, measurement in SUMMARY:
         row = found[(measurement.__doc__ or "").strip().rstrip(".")]
         yield words, guarantees.text(row["flax"]), guarantees.text(row["normjax"])
+    moved = {
+        row["norms"]: row for row in compiled["networks"]["rows"] if row["network"] == "ResNet-50"
+    }
+    gigabytes = (
+        f"{(row['read'] + row['written']) / 1e9:.1f}"
+        for row in (moved["flax"], moved["normjax, inside"])
+    )
+    yield "ResNet-50, bfloat16: GB that a training step moves, compiled for an H100", *gigabytes
     ratio = medians(speed)["BatchNorm, relu", "bfloat16"]["ratio_flax"]
     words = f"BatchNorm and ReLU, bfloat16: time of a training step, {speed['machine']['cores']}"
     yield f"{words} CPU cores", "1", f"{ratio:.2f}"
@@ -356,7 +364,11 @@ COMPILED_FILES = tuple(f"compilers/{topology}.json" for topology in COMPILED)
 FLAX, ACCESSED = "{ratio_flax:.2f}", "{normjax_bytes:.1f} ({flax_bytes:.1f})"
 KEPT = "{normjax_kept:.2f} ({flax_kept:.2f})"
 TABLES: dict[str, Table] = {
-    "summary": Table(("guarantees/guarantees.json", "speed/speed.json"), summary, source=False),
+    "summary": Table(
+        ("guarantees/guarantees.json", "compilers/H100.json", "speed/speed.json"),
+        summary,
+        source=False,
+    ),
     "guarantees": Table(("guarantees/guarantees.json",), guarantee_rows),
     "speed": Table(
         ("speed/speed.json",),

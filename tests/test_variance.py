@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cases import CASES
 from jax import export
+from jax.sharding import AxisType
 
 from normjax import testing
 from normjax.core import cpu, passes, variance
@@ -104,6 +105,21 @@ def test_contract(schedule, name, check):
         testing.CHECKS[check](CASES[name])
 
 
+@pytest.mark.parametrize("parts", (("d",), (None, "d"), (None, None, None, "d"), ("d", "e")))
+def test_arrays_sharded_over_an_explicit_mesh(schedule, parts):
+    x, mask = data()["ragged mask"]
+    mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=(AxisType.Explicit,) * 2)
+    x = np.float32(np.concatenate([x, x[:, :2]], 1))
+    mask = np.concatenate([mask, mask[:, :2]], 1)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P(*parts)))
+        for given in (None, mask):
+            seen = jax.jit(lambda x, given=given: passes.moments(x, (0, 1, 2), mask=given))(placed)
+            mean, var = exact(x, given, (0, 1, 2))
+            np.testing.assert_allclose(seen.var, var, rtol=2e-5)
+            np.testing.assert_allclose(seen.mean, mean, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_each_platform_gets_its_own(name):
     """A loop makes sums exact on TPU, but for rows: these, and GPU, have a centre from a share."""
@@ -111,8 +127,12 @@ def test_each_platform_gets_its_own(name):
     variables = method.init(None, 16)
     loss = lambda x: jnp.sum(jnp.sin(method.apply(*variables, x, train=True)[0]))
     x, grad = jax.ShapeDtypeStruct((64, 16, 16, 16), jnp.float32), jax.jit(jax.grad(loss))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
     for platform in ("cpu", "cuda", "tpu"):
         text = export.export(grad, platforms=[platform])(x).mlir_module()
         rows = name == "LayerNorm"
         assert ("stablehlo.while" in text) == (platform == "tpu" and not rows)
         assert ("stablehlo.slice" in text) == (platform == "cuda" or (platform == "tpu" and rows))
+        with jax.set_mesh(mesh):
+            sharded = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.P("d"))
+            export.export(grad, platforms=[platform])(sharded)

@@ -154,9 +154,8 @@ def _sums_about(centre, x, mask, axes, needed, like):
 
     def add(carry):
         i, *sums = carry
-        at = lambda a: (
-            a if a.shape[axis] == 1 else lax.dynamic_slice_in_dim(a, i * size, size, axis)
-        )
+        whole = lambda a: blocks == 1 or a.shape[axis] == 1
+        at = lambda a: a if whole(a) else lax.dynamic_slice_in_dim(a, i * size, size, axis)
         valid = None if mask is None else at(mask)
         shifted = keep(valid, widen(at(x)) - centre)
         found = (jnp.sum(a, axes, keepdims=True) for a in (shifted, jnp.square(shifted)))
