@@ -11,6 +11,8 @@ With c = x - mean and g the cotangent, sums over what the small arrays lack, and
     affine   y = c a + b         dy = (dx - dmean) a + c da + db    dx = g a, da = sum(g c)
     rows     y = c r s + b       dy = ((dx - dmean) r + c dr) s + c r ds + db
                                  dx = g s r, dr = sum(g s c), ds = sum(g c r)
+    gated    y = rows a(z)       dy = drows a(z) + rows da(dz)
+                                 as rows, of g a(z); dz = da'(g rows)
 
 Every pass takes the tangent of a wide carrier of `x` and returns its cotangent as wide (`Input`),
 so that a method whose input meets several passes rounds the gradient once.
@@ -159,10 +161,12 @@ def apply(
     *,
     activation: Callable | None = None,
     dtype: Any = None,
+    gate: tuple[jax.Array | Input, Callable | None] | None = None,
 ) -> jax.Array:
     """Applies `normalizer`, whose arrays may have the shape of the axes `features` of `x`.
 
-    Computed wide; the output has `dtype`, or that of `x`.
+    Computed wide; the output has `dtype`, or that of `x`. A `gate` is an array of the shape of `x`
+    and a function of it, by which the output is multiplied.
     """
     work = wide(x.dtype)
     x = carried(x)
@@ -179,12 +183,15 @@ def apply(
         inverse, scale = (jnp.ones((1,) * x.ndim, work) if scale is None else scale), None
     learned = [a.shape for a in (scale, bias) if a is not None]
     shape = jnp.broadcast_shapes(inverse.shape, *learned)
-    if shape == inverse.shape or shape != x.shape:
+    if gate is None and (shape == inverse.shape or shape != x.shape):
         gain = inverse if scale is None else inverse * scale
         return affine(x, mean, gain, bias, activation=activation, dtype=dtype)
-    smaller = jnp.broadcast_shapes(*learned)
+    smaller = jnp.broadcast_shapes((1,) * x.ndim, *learned)
     scale = jnp.ones(smaller, work) if scale is None else scale
     bias = jnp.zeros(smaller, work) if bias is None else bias
+    if gate is not None:
+        of, how = carried(gate[0]), (activation, gate[1], output_dtype(dtype, x))
+        return _gated(x, mean, inverse, scale, bias, of, *how)
     return _rows(x, mean, inverse, scale, bias, activation, output_dtype(dtype, x))
 
 
@@ -348,6 +355,35 @@ def _rows_transpose(activation, _, saved, g):
 
 @differentiated(_rows_tangent, _rows_transpose, static=2)
 def _rows(x, mean, inverse, scale, bias, activation, dtype):
-    leaves, tree = jax.tree.flatten((x, mean, inverse, scale, bias))  # the mean may be None
-    x, mean, inverse, scale, bias = jax.tree.unflatten(tree, fence(*leaves))
-    return activate(activation, _centre(x, mean) * inverse * scale + bias).astype(dtype)
+    return _rows_value(activation, *_fenced(x, mean, inverse, scale, bias)).astype(dtype)
+
+
+def _fenced(*arrays):
+    leaves, tree = jax.tree.flatten(arrays)  # the mean may be None
+    return jax.tree.unflatten(tree, fence(*leaves))
+
+
+def _rows_value(activation, x, mean, inverse, scale, bias):
+    return activate(activation, _centre(x, mean) * inverse * scale + bias)
+
+
+def _gated_tangent(activation, of_gate, dtype, saved, tangents):
+    (*of_rows, gate), (*moved, dgate) = saved, tangents
+    y, z = _rows_value(activation, *of_rows), widen(gate)
+    dy = _rows_tangent(activation, y.dtype, of_rows, moved) * activate(of_gate, z)
+    return (dy + y * activation_tangent(of_gate, z, widen(dgate))).astype(dtype)
+
+
+def _gated_transpose(activation, of_gate, _, saved, g):
+    *of_rows, gate = saved
+    z, h = widen(gate), widen(g)
+    dgate = activation_cotangent(of_gate, z, h * _rows_value(activation, *of_rows), h)
+    moved = _rows_transpose(activation, None, of_rows, h * activate(of_gate, z))
+    return *moved, dgate
+
+
+@differentiated(_gated_tangent, _gated_transpose, static=3)
+def _gated(x, mean, inverse, scale, bias, gate, activation, of_gate, dtype):
+    *of_rows, gate = _fenced(x, mean, inverse, scale, bias, gate)
+    y = _rows_value(activation, *of_rows)
+    return (y * activate(of_gate, widen(gate))).astype(dtype)
