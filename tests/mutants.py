@@ -986,7 +986,7 @@ OF_THE_SEAM = {
         "y = before(",
         some("methods/test_rows.py", "backward_pass_keeps"),
     ),
-    "the scale's offset in the parameters' dtype": Mutant(
+    "offset of a scale in the dtype of the parameters": Mutant(
         LAYER,
         "scale = scale.astype(seen.var.dtype) + self.scale_offset",
         "scale = scale + self.scale_offset",

@@ -248,8 +248,9 @@ def test_scale_and_bias_are_placed_like_the_activation(method, shape, at, placed
 def test_an_empty_batch_gives_an_empty_output_and_moves_nothing(case):
     params, state = case.variables()
     x = jnp.zeros((0, *case.shape[1:]))
+    samples = dict.fromkeys(case.extras("sample", jnp.float32), x)
     for mask in (None, jnp.ones((0, *(1,) * (x.ndim - 1)), bool)):
-        y, new = case.apply(params, state, x, mask)
+        y, new = case.apply(params, state, x, mask, samples)
         assert y.shape == x.shape
         chex.assert_trees_all_close(new, state, rtol=1e-6)
 

@@ -200,7 +200,10 @@ class CastTest(parameterized.TestCase):
         x = draw(0, 4, 8).astype(bfloat16)
         y, _ = method.apply(nj.AffineParams(jnp.full(8, 2e-3, jnp.bfloat16)), (), x, train=True)
         z, _ = nj.RMSNorm(dtype=jnp.float32).apply(nj.AffineParams(jnp.ones(8)), (), x, train=True)
-        np.testing.assert_allclose(y / z, 1 + float(bfloat16(2e-3)), rtol=1e-6)
+        scale = 1 + float(bfloat16(2e-3))
+        np.testing.assert_allclose(y / z, scale, rtol=1e-6)
+        found = method.evaluation(nj.AffineParams(jnp.full(8, 2e-3, jnp.bfloat16)), (), x).scale
+        np.testing.assert_allclose(found, scale, rtol=1e-6)  # XLA leaves roundings out
 
 
 class ParametersTest(parameterized.TestCase):
