@@ -968,10 +968,16 @@ OF_THE_SEAM = {
         "return dy.astype(dtype)",
         some("methods/test_rows.py", "test_derivatives"),
     ),
+    "a gate that mixes positions is summed as one that does not": Mutant(
+        PASSES,
+        "mixes = activation if of_gate in (None, *POINTWISE) else of_gate",
+        "mixes = activation",
+        adjoint("gated, softmax"),
+    ),
     "cotangent of a gated norm without the gate": Mutant(
         PASSES,
-        "of_rows, h * activate(of_gate, z))",
-        "of_rows, h)",
+        "h = h * activate(of_gate, widen(rest[-1]))",
+        "h = h * 1",
         some("methods/test_rows.py", "test_derivatives"),
     ),
     "a gate that is not masked": Mutant(

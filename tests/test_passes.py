@@ -96,6 +96,12 @@ def cases():
         "rows, relu": (functools.partial(rows, jax.nn.relu), x, *along, centre),
         "rows, gelu, no mean": (functools.partial(rows, jax.nn.gelu), x, *along),
         "gated": (functools.partial(gated, None, jax.nn.silu), x, draw(2, *SHAPE), *along, centre),
+        "gated, softmax": (
+            functools.partial(gated, None, jax.nn.softmax),
+            x,
+            draw(2, *SHAPE),
+            *along,
+        ),
         "gated, tanh, no function, no mean": (
             functools.partial(gated, jnp.tanh, None),
             x,

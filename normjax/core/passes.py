@@ -35,6 +35,8 @@ from normjax.core.statistics import Moments
 from normjax.core.structs import Mask
 from normjax.core.variance import average, keep, mean_and_variance, pool, wide, widen
 
+POINTWISE = jax.nn.relu, jax.nn.sigmoid, jax.nn.silu  # known to mix no positions
+
 
 def as_wide(x: jax.Array | Input, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """`arrays` in the dtype of statistics and arithmetic for `x`."""
@@ -323,17 +325,20 @@ def _rows_tangent(activation, dtype, saved, tangents):
     return activation_tangent(activation, centred * inverse * scale + bias, dz).astype(dtype)
 
 
-def _rows_transpose(activation, _, saved, g):
+def _rows_transpose(activation, _, saved, g, gate=None, of_gate=None):
     x, mean, inverse, scale, bias = saved
     whole = (g, x, inverse, scale, bias, jnp.zeros_like(inverse))
-    whole = whole if mean is None else (*whole, mean)
+    whole += tuple(a for a in (mean, gate) if a is not None)
     small, shifts = jnp.broadcast_shapes(scale.shape, bias.shape), mean is not None
+    mixes = activation if of_gate in (None, *POINTWISE) else of_gate
 
-    def before(h, x, inverse, scale, bias, zero, mean=None):
+    def before(h, x, inverse, scale, bias, zero, *rest):
         """Cotangent before the activation, and the centred input."""
-        centred = _centre(x, mean)
+        centred, h = _centre(x, rest[0] if shifts else None), h.astype(scale.dtype)
+        if gate is not None:
+            h = h * activate(of_gate, widen(rest[-1]))
         z = centred * inverse * scale + bias
-        return activation_cotangent(activation, z, h.astype(scale.dtype), zero), centred
+        return activation_cotangent(activation, z, h, zero), centred
 
     def along(*arrays):
         h, centred = before(*arrays)
@@ -344,9 +349,9 @@ def _rows_transpose(activation, _, saved, g):
         h, centred = before(*arrays)
         return h, h * (centred * arrays[2])
 
-    slope, *total = _totals(along, activation, inverse.shape, *whole)
+    slope, *total = _totals(along, mixes, inverse.shape, *whole)
     arrays = fence(*whole, slope)[: len(whole)]
-    dbias, dscale = _totals(across, activation, small, *arrays)
+    dbias, dscale = _totals(across, mixes, small, *arrays)
     arrays = fence(*whole, dscale)[: len(whole)]
     dx = before(*arrays)[0] * arrays[2] * arrays[3]
     dmean = -total[0] * inverse if total else None
@@ -376,10 +381,9 @@ def _gated_tangent(activation, of_gate, dtype, saved, tangents):
 
 def _gated_transpose(activation, of_gate, _, saved, g):
     *of_rows, gate = saved
-    z, h = widen(gate), widen(g)
-    dgate = activation_cotangent(of_gate, z, h * _rows_value(activation, *of_rows), h)
-    moved = _rows_transpose(activation, None, of_rows, h * activate(of_gate, z))
-    return *moved, dgate
+    moved = _rows_transpose(activation, None, of_rows, g, gate, of_gate)
+    h = widen(g) * _rows_value(activation, *of_rows)
+    return *moved, activation_cotangent(of_gate, widen(gate), h, jnp.zeros_like(h))
 
 
 @differentiated(_gated_tangent, _gated_transpose, static=3)
