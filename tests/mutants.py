@@ -972,7 +972,7 @@ OF_THE_SEAM = {
         PASSES,
         "mixes = activation if of_gate in (None, *POINTWISE) else of_gate",
         "mixes = activation",
-        adjoint("gated, softmax"),
+        some("methods/test_rows.py", "mix_positions"),
     ),
     "cotangent of a gated norm without the gate": Mutant(
         PASSES,

@@ -334,10 +334,10 @@ def _rows_transpose(activation, _, saved, g, gate=None, of_gate=None):
 
     def before(h, x, inverse, scale, bias, zero, *rest):
         """Cotangent before the activation, and the centred input."""
-        centred, h = _centre(x, rest[0] if shifts else None), h.astype(scale.dtype)
+        centred = _centre(x, rest[0] if shifts else None)
+        z, h = centred * inverse * scale + bias, h.astype(scale.dtype)
         if gate is not None:
             h = h * activate(of_gate, widen(rest[-1]))
-        z = centred * inverse * scale + bias
         return activation_cotangent(activation, z, h, zero), centred
 
     def along(*arrays):

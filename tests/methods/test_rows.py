@@ -168,6 +168,19 @@ class FormsTest(parameterized.TestCase):
             assert size(got) <= 1.1 * size(best.astype(bfloat16))
 
 
+def test_the_function_of_a_gate_may_mix_positions():
+    mixed = functools.partial(jnp.cumsum, axis=0)
+    method, x, z, g = nj.LayerNorm(gate_activation=mixed), *(draw(i, 32, 64) for i in range(3))
+    params, state = method.init(None, 64)
+    ours = lambda p, x, z: method.apply(p, state, x, train=True, gate=z)[0] * g
+    plain = lambda p, x, z: nj.LayerNorm().apply(p, state, x, train=True)[0] * mixed(z) * g
+    found, wanted = (
+        jax.jit(jax.grad(lambda *at, f=f: f(*at).sum(), (0, 1, 2)))(params, x, z)
+        for f in (ours, plain)
+    )
+    close(found, wanted, 1e-4)
+
+
 class CastTest(parameterized.TestCase):
     @parameterized.parameters(False, True)
     def test_bfloat16_is_that_of_transformers(self, gated):
