@@ -19,6 +19,7 @@ from ml_dtypes import bfloat16
 import normjax as nj
 import normjax.linen
 import normjax.nnx
+from normjax.core import compat
 from normjax.testing import derivative_gaps
 
 EPSILON = 1e-6
@@ -139,6 +140,8 @@ class FormsTest(parameterized.TestCase):
 
     @parameterized.parameters(*NAMES_GATED)
     def test_backward_pass_keeps_the_input_and_the_gate(self, name):
+        if compat.PLAIN or not compat.HAS_PRIMITIVES:
+            self.skipTest("autodiff of the formulas keeps more than the rules of the passes do")
         for dtype in ("float32", "bfloat16"):
             params, x, inputs = given(name, dtype, (4, 16, 8))
             params = jax.tree.map(lambda a: a.astype("float32"), params)
