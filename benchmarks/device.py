@@ -44,7 +44,7 @@ CASES = {
     "Affine": ("rows",),
     "DynamicTanh": ("rows",),
     "Derf": ("rows",),
-    "RunningNorm": ("rows",),
+    "RunningNorm(running_average='cumulative')": ("rows",),  # float64 leaves no rests to compare
     "LayerNorm": ("rows", "images, masked"),
     "LayerNorm(activation=gelu)": ("rows",),
     "LayerNorm(reduction_axes=(1, 2, 3))": ("images",),

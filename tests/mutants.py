@@ -982,8 +982,8 @@ OF_THE_SEAM = {
     ),
     "a gate that is not masked": Mutant(
         LAYER,
-        "gate, _ = passes.inputs(self, _as_gate(self, gate, x.shape), mask)",
-        "gate, _ = passes.inputs(self, _as_gate(self, gate, x.shape), None)",
+        "gate, _ = passes.inputs(self, _as_gate(self, gate, x), mask)",
+        "gate, _ = passes.inputs(self, _as_gate(self, gate, x), None)",
         some("methods/test_rows.py", "masked_positions"),
     ),
     "a gate in front that keeps its product": Mutant(

@@ -148,7 +148,7 @@ def _apply(self, params, state, x, *, train, mask=None, key=None, gate=None):
     x, mask = passes.inputs(self, x, mask)
     at, axes = seam.require_variables(self, params, state, x), reduction_axes(self, x)
     if gate is not None:
-        gate, _ = passes.inputs(self, _as_gate(self, gate, x.shape), mask)
+        gate, _ = passes.inputs(self, _as_gate(self, gate, x), mask)
     whole, number = passes.value(x), self._groups(x.shape) if self.num_groups > 1 else 1
     if number > 1:  # of a row: those of an axis
         last = x.ndim - 1
@@ -178,12 +178,12 @@ def _apply(self, params, state, x, *, train, mask=None, key=None, gate=None):
     return y if number == 1 else groups.join(y, whole.ndim - 1, like=whole), state
 
 
-def _as_gate(method, gate, shape):
+def _as_gate(method, gate, x):
     name = type(method).__name__
-    gate = checks.as_real(name, gate)
-    if gate.shape != shape:
-        raise ValueError(f"{name}: a gate of shape {gate.shape} for an input of shape {shape}.")
-    return gate
+    gate, work = checks.as_real(name, gate), passes.wide(x.dtype)
+    if gate.shape != x.shape:
+        raise ValueError(f"{name}: a gate of shape {gate.shape} for an input of shape {x.shape}.")
+    return gate if passes.wide(gate.dtype) == work else gate.astype(work)
 
 
 def _gate(method, gate):

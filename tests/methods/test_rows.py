@@ -171,6 +171,18 @@ class FormsTest(parameterized.TestCase):
             assert size(got) <= 1.1 * size(best.astype(bfloat16))
 
 
+def test_a_gate_may_have_another_dtype():
+    with jax.enable_x64(True):
+        for name in ("Qwen3-Next, gated", "Mamba-2, gated"):
+            params, x, inputs = given(name)
+            wanted = exact(name, params, x, inputs)
+            for kinds in (("float64", "float32"), ("float32", "float64"), ("float32", "bfloat16")):
+                x, z = x.astype(kinds[0]), inputs["gate"].astype(kinds[1])
+                y, pull = jax.vjp(lambda x, z, n=name, p=params: run(n, p, x, {"gate": z}), x, z)
+                chex.assert_type((y, *pull(y)), (kinds[0], *kinds))
+                close(np.float64(y), wanted, 0.05 if "bfloat16" in kinds else 1e-5)
+
+
 def test_the_function_of_a_gate_may_mix_positions():
     mixed = functools.partial(jnp.cumsum, axis=0)
     method, x, z, g = nj.LayerNorm(gate_activation=mixed), *(draw(i, 32, 64) for i in range(3))
