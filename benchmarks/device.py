@@ -44,6 +44,7 @@ CASES = {
     "Affine": ("rows",),
     "DynamicTanh": ("rows",),
     "Derf": ("rows",),
+    "RunningNorm": ("rows",),
     "LayerNorm": ("rows", "images, masked"),
     "LayerNorm(activation=gelu)": ("rows",),
     "LayerNorm(reduction_axes=(1, 2, 3))": ("images",),

@@ -45,6 +45,7 @@ from normjax.methods.kalman import KalmanParams as KalmanParams
 from normjax.methods.kalman import KalmanRunning as KalmanRunning
 from normjax.methods.layer import LayerNorm as LayerNorm
 from normjax.methods.layer import RMSNorm as RMSNorm
+from normjax.methods.running_norm import RunningNorm as RunningNorm
 from normjax.methods.spectral.method import SpectralBatchNorm as SpectralBatchNorm
 from normjax.methods.spectral.method import SpectralRunning as SpectralRunning
 
@@ -84,6 +85,7 @@ __all__ = [
     "RMSNorm",
     "Ramp",
     "Running",
+    "RunningNorm",
     "SpectralBatchNorm",
     "SpectralRunning",
     "Traits",

@@ -696,6 +696,49 @@ class RMSNorm(Norm):
         promote_dtype: Any = ...,
     ) -> None: ...
 
+class RunningNorm(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative", "pooled"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    clip: float | None
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative", "pooled"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        clip: float | None = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 class Seen(flax_nnx.Intermediate[Any]): ...
 
 class SpectralBatchNorm(Norm):
@@ -773,6 +816,7 @@ __all__ = [
     "LayerNorm",
     "Norm",
     "RMSNorm",
+    "RunningNorm",
     "Seen",
     "SpectralBatchNorm",
 ]

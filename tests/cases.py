@@ -44,6 +44,10 @@ CASES = {
     ),
     "BatchRenorm": Case(nj.BatchRenorm(r_max=1.5, d_max=0.5), (16, 3, 3, 4)),
     "BatchRenorm, ramps": variant(nj.BatchRenorm(), (16, 4)),
+    "RunningNorm": Case(nj.RunningNorm(), (16, 4)),
+    "RunningNorm, clipped, debiased": variant(
+        nj.RunningNorm(clip=1.0, running_average="debiased", use_scale=True, axis=1), (16, 4, 3)
+    ),
     "LayerNorm": Case(nj.LayerNorm(), (16, 3, 6)),
     "LayerNorm, all axes": variant(
         nj.LayerNorm(reduction_axes=(1, 2), feature_axes=(1, 2)), (16, 3, 4)

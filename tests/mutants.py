@@ -54,6 +54,7 @@ AFFINE, DYNAMIC, NOISE, KALMAN = (
     f"normjax/methods/{name}.py" for name in ("affine", "dynamic", "ghost_noise", "kalman")
 )
 DERF = "normjax/methods/derf.py"
+RUNNING_NORM = "normjax/methods/running_norm.py"
 LINEN, CARRY = (f"normjax/linen/{name}.py" for name in ("__init__", "carry"))
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
 
@@ -960,6 +961,24 @@ OF_THE_SEAM = {
         "_erf(p.alpha * x + p.shift)",
         "_erf(p.alpha * x)",
         some("methods/test_derf.py", "test_oracle"),
+    ),
+    "RunningNorm normalizes before it moves": Mutant(
+        RUNNING_NORM,
+        "moved = self.absorb(state, seen)",
+        "moved = state",
+        some("methods/test_running_norm.py", "moves_first"),
+    ),
+    "RunningNorm with a gradient through its statistics": Mutant(
+        RUNNING_NORM,
+        "constant_statistics: ClassVar[bool] = True",
+        "constant_statistics: ClassVar[bool] = False",
+        some("methods/test_running_norm.py", "constants"),
+    ),
+    "RunningNorm clips from above alone": Mutant(
+        RUNNING_NORM,
+        "jnp.clip(z, -self.bound, self.bound)",
+        "jnp.minimum(z, self.bound)",
+        some("methods/test_running_norm.py", "test_clip"),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Fields that methods share, with their rules: bases without behaviour but the check of fields."""
+"""Fields that methods share, with their rules: bases that do little but check them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -58,6 +58,10 @@ class ActivationFields(Configuration):
     """A pointwise function of the output, taken inside of the layer."""
 
     activation: Activation = field(None, checks.optional(checks.activation))
+
+    def epilogue(self) -> Activation:
+        """What is taken of the output inside of the layer."""
+        return self.activation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

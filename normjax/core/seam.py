@@ -39,7 +39,7 @@ def apply(
     at = require_variables(self, params, state, x)
     seen = self.observe(x, mask)
     normalizer = self.coefficients(params, state, seen, key=key, **inputs)
-    y = passes.apply(x, normalizer, at, activation=self.activation, dtype=self.dtype)
+    y = passes.apply(x, normalizer, at, activation=self.epilogue(), dtype=self.dtype)
     return y, self.absorb(state, seen)
 
 
@@ -48,7 +48,7 @@ def evaluate(method: Any, params: Any, state: Any, x: Any, mask: Mask, **inputs:
     x, mask = passes.inputs(method, x, mask)
     at = require_variables(method, params, state, x)
     normalizer = method.evaluation(params, state, x, mask, **inputs)
-    return passes.apply(x, normalizer, at, activation=method.activation, dtype=method.dtype)
+    return passes.apply(x, normalizer, at, activation=method.epilogue(), dtype=method.dtype)
 
 
 def require_variables(method: Any, params: Any, state: Any, x: Any) -> tuple[int, ...]:

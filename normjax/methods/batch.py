@@ -75,7 +75,7 @@ def observe(method: BatchFields, x: Any, mask: Mask = None) -> Moments | Parted:
     return own if groups is None else Parted(*own, groups)
 
 
-def normalizer(method: BatchFields, params: Any, mean: Any, var: Any) -> Normalizer:
+def normalizer(method: Any, params: Any, mean: Any, var: Any) -> Normalizer:
     """Normalizes by a mean and a variance, with the scale and bias that are learned."""
     if method.constant_statistics:
         mean, var = lax.stop_gradient((mean, var))
