@@ -49,6 +49,8 @@ CASES = {
     "LayerNorm(activation=gelu)": ("rows",),
     "LayerNorm(reduction_axes=(1, 2, 3))": ("images",),
     "RMSNorm": ("rows",),
+    "RMSNorm(num_groups=4, scale_offset=1.0)": ("rows",),
+    "RMSNorm(cast='before_scale')": ("rows",),
     "GroupNorm(num_groups=4)": ("images", "images, masked"),
     "GroupNorm(num_groups=4, activation=relu)": ("rows",),
     "InstanceNorm": ("images",),

@@ -639,6 +639,11 @@ class LayerNorm(Norm):
     axis_index_groups: tuple[tuple[int, ...], ...] | None
     reduction_axes: int | tuple[int, ...]
     feature_axes: int | tuple[int, ...]
+    num_groups: int
+    scale_offset: float
+    cast: Literal["output", "before_scale"]
+    gate_activation: Callable[[jax.Array], jax.Array] | None
+    gate_place: Literal["before", "after"]
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -657,6 +662,11 @@ class LayerNorm(Norm):
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
         reduction_axes: int | tuple[int, ...] = ...,
         feature_axes: int | tuple[int, ...] = ...,
+        num_groups: int = ...,
+        scale_offset: float = ...,
+        cast: Literal["output", "before_scale"] = ...,
+        gate_activation: Callable[[jax.Array], jax.Array] | None = ...,
+        gate_place: Literal["before", "after"] = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
         use_fast_variance: bool = ...,
@@ -674,6 +684,11 @@ class RMSNorm(Norm):
     axis_index_groups: tuple[tuple[int, ...], ...] | None
     reduction_axes: int | tuple[int, ...]
     feature_axes: int | tuple[int, ...]
+    num_groups: int
+    scale_offset: float
+    cast: Literal["output", "before_scale"]
+    gate_activation: Callable[[jax.Array], jax.Array] | None
+    gate_place: Literal["before", "after"]
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -690,6 +705,11 @@ class RMSNorm(Norm):
         axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
         reduction_axes: int | tuple[int, ...] = ...,
         feature_axes: int | tuple[int, ...] = ...,
+        num_groups: int = ...,
+        scale_offset: float = ...,
+        cast: Literal["output", "before_scale"] = ...,
+        gate_activation: Callable[[jax.Array], jax.Array] | None = ...,
+        gate_place: Literal["before", "after"] = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
         use_fast_variance: bool = ...,

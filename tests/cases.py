@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import normjax as nj
 from normjax.testing import Subject
@@ -24,6 +25,13 @@ def prior(dtype, shape, axis=-1):
     return {"prior": nj.propagate.prediction(mean, var)}
 
 
+def gate(dtype, shape):
+    """A gate; its numbers are exact in every dtype."""
+    z = np.random.default_rng(10).normal(size=shape)
+    return {"gate": jnp.asarray(np.round(8 * z) / 8, dtype)}
+
+
+GATED = {"extra": gate, "residual_bytes": 3.1}  # a gate in float32 beside bfloat16
 MAPS = {"masks_positions": False}
 variant = functools.partial(Case, tier=2)
 CASES = {
@@ -56,7 +64,22 @@ CASES = {
     "LayerNorm, feature axis elsewhere": variant(
         nj.LayerNorm(reduction_axes=(1, 2), feature_axes=-1), (16, 9, 4)
     ),
+    "LayerNorm, groups, gated in front": variant(
+        nj.LayerNorm(num_groups=2, gate_place="before", gate_activation=jax.nn.sigmoid),
+        (16, 3, 8),
+        **GATED,
+    ),
     "RMSNorm": Case(nj.RMSNorm(), (16, 3, 6)),
+    "RMSNorm, offset, one scale": variant(
+        nj.RMSNorm(scale_offset=1.0, feature_axes=()),
+        (16, 3, 6),
+        residual_bytes=1.3,  # six numbers of each row of 48
+    ),
+    "RMSNorm, cast before the scale": variant(
+        nj.RMSNorm(cast="before_scale"), (16, 3, 6), roundings=3
+    ),
+    "RMSNorm, groups": variant(nj.RMSNorm(num_groups=2), (16, 8)),
+    "RMSNorm, gated": variant(nj.RMSNorm(), (16, 3, 6), **GATED),
     "GroupNorm": Case(nj.GroupNorm(2), (16, 3, 3, 4)),
     "GroupNorm, features": variant(nj.GroupNorm(2), (16, 16)),
     "GroupNorm, relu inside": variant(nj.GroupNorm(None, 2, activation=jax.nn.relu), (16, 3, 3, 4)),

@@ -15,6 +15,7 @@ from jax import lax
 from normjax.core import passes
 from normjax.core.compat import plain_derivatives
 from normjax.core.linear import Input, differentiated
+from normjax.core.method import Normalizer
 from normjax.methods.spectral import spatial, transforms
 from normjax.testing import derivative_gaps
 
@@ -36,6 +37,11 @@ def moments(x, **how):
 
 def rows(activation, x, inverse, scale, bias, mean=None):
     return passes._rows(passes.carried(x), mean, inverse, scale, bias, activation, x.dtype)
+
+
+def gated(activation, of_gate, x, gate, *along):
+    normalizer = Normalizer(along[3] if len(along) > 3 else None, *along[:3])
+    return passes.apply(x, normalizer, activation=activation, gate=(gate, of_gate))
 
 
 def affine(activation, x, *small):
@@ -89,6 +95,19 @@ def cases():
         "rows": (functools.partial(rows, None), x, *along, centre),
         "rows, relu": (functools.partial(rows, jax.nn.relu), x, *along, centre),
         "rows, gelu, no mean": (functools.partial(rows, jax.nn.gelu), x, *along),
+        "gated": (functools.partial(gated, None, jax.nn.silu), x, draw(2, *SHAPE), *along, centre),
+        "gated, softmax": (
+            functools.partial(gated, None, jax.nn.softmax),
+            x,
+            draw(2, *SHAPE),
+            *along,
+        ),
+        "gated, tanh, no function, no mean": (
+            functools.partial(gated, jnp.tanh, None),
+            x,
+            draw(2, *SHAPE),
+            *along,
+        ),
         **{
             f"spatial moments, {half=}, {masked=}": (
                 functools.partial(spatial_moments, half, mask),

@@ -101,13 +101,15 @@ def test_symbolic_sizes_are_exported(case):
     params, state = case.variables()
     mask = jax.ShapeDtypeStruct(rows, jnp.bool_)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    samples = dict.fromkeys(case.extras("sample", jnp.float32), x)
     for train in (True, False):
         run = lambda *a, train=train: case.apply(*a, train=train)
-        made = export.export(jax.jit(run))(params, state, x, mask)
-        export.export(jax.jit(run), platforms=("cuda", "tpu"))(params, state, x, mask)
-        export.export(jax.jit(lambda *a, run=run: run(*a)[0]))(params, state, x)
+        made = export.export(jax.jit(run))(params, state, x, mask, samples)
+        export.export(jax.jit(run), platforms=("cuda", "tpu"))(params, state, x, mask, samples)
+        unmasked = lambda *a, run=run: run(*a[:-1], None, a[-1])[0]
+        export.export(jax.jit(unmasked))(params, state, x, samples)
         if train and case in COMPARED:
-            given = params, state, case.inputs(), case.rows()
+            given = params, state, case.inputs(), case.rows(), samples
             wanted = jax.jit(run)(*given)
             chex.assert_trees_all_close(made.call(*given), wanted, rtol=2e-5, atol=2e-5)
 
@@ -246,8 +248,9 @@ def test_scale_and_bias_are_placed_like_the_activation(method, shape, at, placed
 def test_an_empty_batch_gives_an_empty_output_and_moves_nothing(case):
     params, state = case.variables()
     x = jnp.zeros((0, *case.shape[1:]))
+    samples = dict.fromkeys(case.extras("sample", jnp.float32), x)
     for mask in (None, jnp.ones((0, *(1,) * (x.ndim - 1)), bool)):
-        y, new = case.apply(params, state, x, mask)
+        y, new = case.apply(params, state, x, mask, samples)
         assert y.shape == x.shape
         chex.assert_trees_all_close(new, state, rtol=1e-6)
 

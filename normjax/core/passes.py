@@ -11,6 +11,8 @@ With c = x - mean and g the cotangent, sums over what the small arrays lack, and
     affine   y = c a + b         dy = (dx - dmean) a + c da + db    dx = g a, da = sum(g c)
     rows     y = c r s + b       dy = ((dx - dmean) r + c dr) s + c r ds + db
                                  dx = g s r, dr = sum(g s c), ds = sum(g c r)
+    gated    y = rows a(z)       dy = drows a(z) + rows da(dz)
+                                 as rows, of g a(z); dz = da'(g rows)
 
 Every pass takes the tangent of a wide carrier of `x` and returns its cotangent as wide (`Input`),
 so that a method whose input meets several passes rounds the gradient once.
@@ -32,6 +34,8 @@ from normjax.core.sharding import align, place_like, spec
 from normjax.core.statistics import Moments
 from normjax.core.structs import Mask
 from normjax.core.variance import average, keep, mean_and_variance, pool, wide, widen
+
+POINTWISE = jax.nn.relu, jax.nn.sigmoid, jax.nn.silu  # known to mix no positions
 
 
 def as_wide(x: jax.Array | Input, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -159,10 +163,12 @@ def apply(
     *,
     activation: Callable | None = None,
     dtype: Any = None,
+    gate: tuple[jax.Array | Input, Callable | None] | None = None,
 ) -> jax.Array:
     """Applies `normalizer`, whose arrays may have the shape of the axes `features` of `x`.
 
-    Computed wide; the output has `dtype`, or that of `x`.
+    Computed wide; the output has `dtype`, or that of `x`. A `gate` is an array of the shape of `x`
+    and a function of it, by which the output is multiplied.
     """
     work = wide(x.dtype)
     x = carried(x)
@@ -179,12 +185,15 @@ def apply(
         inverse, scale = (jnp.ones((1,) * x.ndim, work) if scale is None else scale), None
     learned = [a.shape for a in (scale, bias) if a is not None]
     shape = jnp.broadcast_shapes(inverse.shape, *learned)
-    if shape == inverse.shape or shape != x.shape:
+    if gate is None and (shape == inverse.shape or shape != x.shape):
         gain = inverse if scale is None else inverse * scale
         return affine(x, mean, gain, bias, activation=activation, dtype=dtype)
-    smaller = jnp.broadcast_shapes(*learned)
+    smaller = jnp.broadcast_shapes((1,) * x.ndim, *learned)
     scale = jnp.ones(smaller, work) if scale is None else scale
     bias = jnp.zeros(smaller, work) if bias is None else bias
+    if gate is not None:
+        of, how = carried(gate[0]), (activation, gate[1], output_dtype(dtype, x))
+        return _gated(x, mean, inverse, scale, bias, of, *how)
     return _rows(x, mean, inverse, scale, bias, activation, output_dtype(dtype, x))
 
 
@@ -316,17 +325,20 @@ def _rows_tangent(activation, dtype, saved, tangents):
     return activation_tangent(activation, centred * inverse * scale + bias, dz).astype(dtype)
 
 
-def _rows_transpose(activation, _, saved, g):
+def _rows_transpose(activation, _, saved, g, gate=None, of_gate=None):
     x, mean, inverse, scale, bias = saved
     whole = (g, x, inverse, scale, bias, jnp.zeros_like(inverse))
-    whole = whole if mean is None else (*whole, mean)
+    whole += tuple(a for a in (mean, gate) if a is not None)
     small, shifts = jnp.broadcast_shapes(scale.shape, bias.shape), mean is not None
+    mixes = activation if of_gate in (None, *POINTWISE) else of_gate
 
-    def before(h, x, inverse, scale, bias, zero, mean=None):
+    def before(h, x, inverse, scale, bias, zero, *rest):
         """Cotangent before the activation, and the centred input."""
-        centred = _centre(x, mean)
+        centred, h = _centre(x, rest[0] if shifts else None), h.astype(scale.dtype)
+        if gate is not None:
+            h = h * activate(of_gate, widen(rest[-1]))
         z = centred * inverse * scale + bias
-        return activation_cotangent(activation, z, h.astype(scale.dtype), zero), centred
+        return activation_cotangent(activation, z, h, zero), centred
 
     def along(*arrays):
         h, centred = before(*arrays)
@@ -337,9 +349,9 @@ def _rows_transpose(activation, _, saved, g):
         h, centred = before(*arrays)
         return h, h * (centred * arrays[2])
 
-    slope, *total = _totals(along, activation, inverse.shape, *whole)
+    slope, *total = _totals(along, mixes, inverse.shape, *whole)
     arrays = fence(*whole, slope)[: len(whole)]
-    dbias, dscale = _totals(across, activation, small, *arrays)
+    dbias, dscale = _totals(across, mixes, small, *arrays)
     arrays = fence(*whole, dscale)[: len(whole)]
     dx = before(*arrays)[0] * arrays[2] * arrays[3]
     dmean = -total[0] * inverse if total else None
@@ -348,6 +360,34 @@ def _rows_transpose(activation, _, saved, g):
 
 @differentiated(_rows_tangent, _rows_transpose, static=2)
 def _rows(x, mean, inverse, scale, bias, activation, dtype):
-    leaves, tree = jax.tree.flatten((x, mean, inverse, scale, bias))  # the mean may be None
-    x, mean, inverse, scale, bias = jax.tree.unflatten(tree, fence(*leaves))
-    return activate(activation, _centre(x, mean) * inverse * scale + bias).astype(dtype)
+    return _rows_value(activation, *_fenced(x, mean, inverse, scale, bias)).astype(dtype)
+
+
+def _fenced(*arrays):
+    leaves, tree = jax.tree.flatten(arrays)  # the mean may be None
+    return jax.tree.unflatten(tree, fence(*leaves))
+
+
+def _rows_value(activation, x, mean, inverse, scale, bias):
+    return activate(activation, _centre(x, mean) * inverse * scale + bias)
+
+
+def _gated_tangent(activation, of_gate, dtype, saved, tangents):
+    (*of_rows, gate), (*moved, dgate) = saved, tangents
+    y, z = _rows_value(activation, *of_rows), widen(gate)
+    dy = _rows_tangent(activation, y.dtype, of_rows, moved) * activate(of_gate, z)
+    return (dy + y * activation_tangent(of_gate, z, widen(dgate))).astype(dtype)
+
+
+def _gated_transpose(activation, of_gate, _, saved, g):
+    *of_rows, gate = saved
+    moved = _rows_transpose(activation, None, of_rows, g, gate, of_gate)
+    h = widen(g) * _rows_value(activation, *of_rows)
+    return *moved, activation_cotangent(of_gate, widen(gate), h, jnp.zeros_like(h))
+
+
+@differentiated(_gated_tangent, _gated_transpose, static=3)
+def _gated(x, mean, inverse, scale, bias, gate, activation, of_gate, dtype):
+    *of_rows, gate = _fenced(x, mean, inverse, scale, bias, gate)
+    y = _rows_value(activation, *of_rows)
+    return (y * activate(of_gate, widen(gate))).astype(dtype)

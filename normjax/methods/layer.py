@@ -1,15 +1,19 @@
 """Layer normalization and root-mean-square normalization."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
-from normjax.core import checks, passes, seam, statistics
-from normjax.core.fields import AffineFields, ReductionFields, ScaleFields
+from normjax.core import checks, groups, passes, seam, statistics
+from normjax.core.checks import field
+from normjax.core.fields import Activation, AffineFields, ReductionFields, ScaleFields
 from normjax.core.method import Normalizer, Traits
 from normjax.core.statistics import Moments
-from normjax.core.structs import AffineParams, Features, Key, Mask, affine_params
+from normjax.core.structs import AffineParams, Axes, Features, Key, Mask, affine_params, several
+from normjax.core.tracing import traced_once
 
 
 def init(method: ScaleFields, key: Key, features: Features) -> tuple[AffineParams, tuple[()]]:
@@ -55,7 +59,162 @@ def absorb(method: Any, state: tuple[()], seen: Moments) -> tuple[()]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerNorm(ReductionFields, AffineFields):
+class RowFields(ReductionFields, ScaleFields):
+    """What `LayerNorm` and `RMSNorm` share: all but whether a mean is subtracted."""
+
+    traits: ClassVar[Traits] = Traits(trains=False, inputs={"gate": "sample"})
+    centred: ClassVar[bool] = True
+
+    feature_axes: Axes = field(-1, checks.one_of((), or_else=checks.integers))
+    num_groups: int = field(1, checks.positive)
+    scale_offset: float = field(0.0, checks.interval())
+    cast: Literal["output", "before_scale"] = field(
+        "output", checks.one_of("output", "before_scale")
+    )
+    gate_activation: Activation = field(jax.nn.silu, checks.optional(checks.activation))
+    gate_place: Literal["before", "after"] = field("after", checks.one_of("before", "after"))
+
+    evaluation, absorb = evaluation, absorb
+
+    def __post_init__(self):
+        super().__post_init__()
+        row = several(self.reduction_axes) == (-1,) and several(self.feature_axes) in ((-1,), ())
+        if self.num_groups > 1 and not row:
+            axes = f"reduction_axes={self.reduction_axes} and feature_axes={self.feature_axes}"
+            raise ValueError(
+                f"{type(self).__name__}: num_groups={self.num_groups} with {axes}: the last axis "
+                "is divided into groups, and must be the one that is reduced and has the scale."
+            )
+
+    def init(self, key: Key, features: Features) -> tuple[AffineParams, tuple[()]]:
+        """What is learned (`param_dtype`) of the shape of the feature axes; no state."""
+        name = type(self).__name__
+        shape = () if self.feature_axes == () else checks.as_features(name, features)
+        params = affine_params(self, key, shape)
+        if params.scale is not None and self.scale_init is jax.nn.initializers.ones:
+            params = params._replace(scale=params.scale - self.scale_offset)
+        return params, ()
+
+    def observe(self, x: Any, mask: Mask = None) -> Moments:
+        """Moments over the reduced axes, which stay as size one; of groups, for every feature.
+
+        Those of `RMSNorm` are mean squares, as variances about zero.
+        """
+        x, mask = passes.inputs(self, x, mask)
+        axes, how = reduction_axes(self, x), dict[str, Any](centred=self.centred)
+        if self.num_groups > 1:
+            axes, how["channel_groups"] = (), self._groups(x.shape)
+        return reduce(self, x, axes, mask, **how)
+
+    def coefficients(
+        self, params: AffineParams, state: tuple[()], seen: Moments, *, key: Key = None
+    ) -> Normalizer:
+        """Normalizes by mean and variance, or by the root of the mean square."""
+        inverse, scale = passes.inverse_deviation(seen.var, self.epsilon), params.scale
+        if scale is not None and self.scale_offset:
+            scale = scale.astype(seen.var.dtype) + self.scale_offset
+        return Normalizer(seen.mean if self.centred else None, inverse, scale, params.bias)
+
+    def apply(
+        self,
+        params: AffineParams,
+        state: tuple[()],
+        x: jax.Array,
+        *,
+        train: bool,
+        mask: Mask = None,
+        key: Key = None,
+        gate: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[()]]:
+        """Normalizes `x`; `train` and `key` change nothing. See `BatchNorm.apply` for `mask`.
+
+        `gate`, of the shape of `x`, multiplies it or the output, as `gate_place` says.
+        """
+        if gate is None and self.num_groups == 1 and self.cast == "output":
+            return seam.apply(self, params, state, x, train=train, mask=mask, key=key)
+        given = {} if gate is None else {"gate": gate}
+        return _apply(self, params, state, x, train=train, mask=mask, key=key, **given)
+
+    def _groups(self, shape):
+        if shape[-1] % self.num_groups:
+            given = f"num_groups={self.num_groups} does not divide {shape[-1]} features"
+            raise ValueError(f"{type(self).__name__}: {given}.")
+        return self.num_groups
+
+
+@traced_once
+def _apply(self, params, state, x, *, train, mask=None, key=None, gate=None):
+    """`apply` with all options. Reverse mode keeps `x` and the gate."""
+    x, mask = passes.inputs(self, x, mask)
+    at, axes = seam.require_variables(self, params, state, x), reduction_axes(self, x)
+    if gate is not None:
+        gate, _ = passes.inputs(self, _as_gate(self, gate, x.shape), mask)
+    whole, number = passes.value(x), self._groups(x.shape) if self.num_groups > 1 else 1
+    if number > 1:  # of a row: those of an axis
+        last = x.ndim - 1
+        x, gate = jax.tree.map(lambda a: groups.split(a, last, number), (x, gate))
+        if mask is not None:
+            mask = mask[..., None] if mask.shape[last] == 1 else groups.split(mask, last, number)
+        if at:
+            params, at = (
+                jax.tree.map(lambda a: groups.split(a, 0, number), params),
+                (last, last + 1),
+            )
+        axes = (last + 1,)
+
+    def normalizer(params, x):
+        seen = reduce(self, x, axes, mask, centred=self.centred)
+        return self.coefficients(params, state, seen)
+
+    def before(params, x, gate):
+        gated = passes.carried(passes.widen(x) * _gate(self, gate))
+        return _output(self, gated, normalizer(params, gated), at, whole.dtype, dtype)
+
+    dtype = passes.output_dtype(self.dtype, x)
+    if gate is not None and self.gate_place == "before":
+        y = jax.checkpoint(before)(params, passes.value(x), passes.value(gate))
+    else:
+        y = _output(self, x, normalizer(params, x), at, whole.dtype, dtype, gate)
+    return y if number == 1 else groups.join(y, whole.ndim - 1, like=whole), state
+
+
+def _as_gate(method, gate, shape):
+    name = type(method).__name__
+    gate = checks.as_real(name, gate)
+    if gate.shape != shape:
+        raise ValueError(f"{name}: a gate of shape {gate.shape} for an input of shape {shape}.")
+    return gate
+
+
+def _gate(method, gate):
+    return passes.activate(method.gate_activation, passes.widen(gate))
+
+
+def _output(method, x, n, at, narrow, dtype, gate=None):
+    """The output in `dtype` for an input that was given in the dtype `narrow`.
+
+    What is cast before the scale has the derivatives of what is not.
+    """
+    activation, work, kind = method.epilogue(), passes.wide(x.dtype), jnp.finfo(narrow)
+    how: Any = dict(activation=activation)
+    if gate is not None:
+        how["gate"] = gate, method.gate_activation
+    if method.cast == "output" or kind.bits >= jnp.finfo(work).bits:
+        return passes.apply(x, n, at, dtype=dtype, **how)
+    # Not `astype`, there and back: XLA leaves such a pair out.
+    cast = lambda a: lax.reduce_precision(a.astype(work), kind.nexp, kind.nmant)
+    z = passes.widen(passes.value(x))
+    z = cast((z if n.mean is None else z - n.mean) * n.inverse)
+    z = z if n.scale is None else z * cast(passes.lift(n.scale, at, x.ndim))
+    z = z if n.bias is None else z + cast(passes.lift(n.bias, at, x.ndim))
+    rounded = passes.activate(activation, cast(z))
+    rounded = rounded if gate is None else rounded * _gate(method, passes.value(gate))
+    exact = passes.apply(x, n, at, dtype=work, **how)
+    return (exact + lax.stop_gradient(rounded - exact)).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerNorm(RowFields, AffineFields):
     """Layer normalization: `(x - mean) / sqrt(var + epsilon) * scale + bias` within each sample.
 
     Ba, Kiros & Hinton, *Layer Normalization*, 2016, section 3, https://arxiv.org/abs/1607.06450
@@ -68,7 +227,18 @@ class LayerNorm(ReductionFields, AffineFields):
       epsilon, dtype, param_dtype, use_scale, use_bias, scale_init, bias_init, activation: as in
         `BatchNorm`.
       reduction_axes: axes over which statistics are taken.
-      feature_axes: axes with their own scale and bias.
+      feature_axes: axes with their own scale and bias; (): one number for all.
+      num_groups: into how many groups of consecutive features to divide the last axis; each has
+        statistics of its own. It is then the axis that is reduced and has the scale.
+      scale_offset: added to the learned scale, in at least float32: 1 for one that is learned
+        around zero, as in Gemma. The default `scale_init` then starts the parameter at
+        `1 - scale_offset`; any other is the parameter's own.
+      cast: "output": all in at least float32, rounded once. "before_scale", as in Llama: what is
+        normalized is rounded to the dtype of the input, and multiplied by the scale in that dtype;
+        derivatives are those of the formula.
+      gate_activation: function of `gate`, an input of `apply`; None: the gate itself.
+      gate_place: whether the gate multiplies the input ("before") or the output, behind
+        `activation` ("after"). `observe` is of the input without a gate.
       axis_name: mapped axis name(s) over which the reduced axes are divided.
       axis_index_groups: groups of device indices along `axis_name` that share statistics.
 
@@ -81,26 +251,18 @@ class LayerNorm(ReductionFields, AffineFields):
       >>> y, _ = method.apply(*method.init(None, 16), jax.numpy.ones((2, 5, 16)), train=True)
     """
 
-    traits: ClassVar[Traits] = Traits(trains=False)
-
-    init, coefficients = init, coefficients
-    evaluation, absorb, apply = evaluation, absorb, seam.apply
-
     def check_training(self, x: Any) -> None:
         """ValueError for statistics of single values."""
         shape = jnp.shape(x)
         instead = "take statistics over more axes (reduction_axes), or normalize another axis"
         sizes = [shape[i] for i in reduction_axes(self, x)]
+        if self.num_groups > 1:
+            sizes, instead = [shape[-1] // self._groups(shape)], "take fewer groups"
         checks.require_several_values(self, sizes, shape, instead)
-
-    def observe(self, x: Any, mask: Mask = None) -> Moments:
-        """Moments over the reduced axes, which stay as size one."""
-        x, mask = passes.inputs(self, x, mask)
-        return reduce(self, x, reduction_axes(self, x), mask)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RMSNorm(ReductionFields, ScaleFields):
+class RMSNorm(RowFields):
     """Root-mean-square normalization: `x / sqrt(mean(x**2) + epsilon) * scale`.
 
     Zhang & Sennrich, *Root Mean Square Layer Normalization*, 2019, equation 4,
@@ -109,11 +271,17 @@ class RMSNorm(ReductionFields, ScaleFields):
     The paper has no epsilon. Computed in at least float32 and rounded once to the dtype of the
     input (integers: float32) or to `dtype`. No state.
 
+    The forms of language models: Llama `cast="before_scale"`; Gemma and Qwen3-Next
+    `scale_offset=1`; Mamba-2 `gate_place="before"` with `num_groups` and `gate=`; the gated norm of
+    Qwen3-Next `cast="before_scale"` with `gate=`; the scale norm of Nguyen & Salazar
+    `feature_axes=()`.
+
     Attributes:
       epsilon: added to the mean square, >= 0.
       use_scale, scale_init, dtype, param_dtype: as in `LayerNorm`; there is no bias.
       reduction_axes: axes over which squares are averaged.
-      feature_axes, axis_name, axis_index_groups, activation: as in `LayerNorm`.
+      feature_axes, num_groups, scale_offset, cast, gate_activation, gate_place, axis_name,
+        axis_index_groups, activation: as in `LayerNorm`.
 
     Raises:
       ValueError, TypeError: as in `LayerNorm`.
@@ -126,17 +294,4 @@ class RMSNorm(ReductionFields, ScaleFields):
       [1. 1. 1. 1.]
     """
 
-    traits: ClassVar[Traits] = Traits(trains=False)
-
-    init, evaluation, absorb, apply = init, evaluation, absorb, seam.apply
-
-    def observe(self, x: Any, mask: Mask = None) -> Moments:
-        """Mean squares over the reduced axes, which stay as size one, as variances about zero."""
-        x, mask = passes.inputs(self, x, mask)
-        return reduce(self, x, reduction_axes(self, x), mask, centred=False)
-
-    def coefficients(
-        self, params: AffineParams, state: tuple[()], seen: Moments, *, key: Key = None
-    ) -> Normalizer:
-        """Normalizes by the root of the mean square."""
-        return Normalizer(None, passes.inverse_deviation(seen.var, self.epsilon), params.scale)
+    centred: ClassVar[bool] = False

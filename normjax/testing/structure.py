@@ -64,11 +64,14 @@ def check_memory(subject: Subject) -> None:
     larger = dataclasses.replace(subject, shape=tuple(np.multiply(subject.shape, factor).tolist()))
     params, state = larger.variables()
     small = sum(a.nbytes for a in jax.tree.leaves((params, state)))
+    samples = larger.extras("sample", jnp.float32)
     for dtype in (jnp.float32, jnp.bfloat16):
         x = jax.ShapeDtypeStruct(larger.shape, dtype)
         for mask in (None, larger.rows()):
-            output = lambda p, x, mask=mask: larger.apply(p, state, x, mask)[0]
-            kept = residual_bytes(output, params, x) - 4 * small / (x.size * x.dtype.itemsize)
+            output = lambda p, samples, x, mask=mask: larger.apply(p, state, x, mask, samples)[0]
+            kept = residual_bytes(output, params, samples, x) - 4 * small / (
+                x.size * x.dtype.itemsize
+            )
             assert kept <= subject.residual_bytes, (
                 f"{jnp.dtype(dtype)}, {'no ' if mask is None else ''}mask: {kept:.2f} bytes kept "
                 f"per byte, {subject.residual_bytes} allowed"
