@@ -679,8 +679,8 @@ OF_METHODS = {
     ),
     "RMSNorm centred": Mutant(
         LAYER,
-        "mask, centred=False)",
-        "mask)",
+        "centred: ClassVar[bool] = False",
+        "centred: ClassVar[bool] = True",
         some("methods/test_layer.py", "RMSNormTest and test_vectors"),
     ),
     "Affine without scale": Mutant(
