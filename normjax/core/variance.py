@@ -3,7 +3,7 @@
 Two passes: mean = sum(x) / n, var = sum((x - mean)^2) / n. XLA's CPU compiler makes one sum of one
 read in any case; its GPU compiler reads rows once for all of a program that keeps no statistics.
 
-One read about a share, for rows and on GPU: sums about a centre k, the mean of a share f of all
+One read about a share, on GPU and for rows: sums about a centre k, the mean of a share f of all
 positions, with d = x - k: mean = k + sum(d) / n, var = sum(d^2) / n - (sum(d) / n)^2. For any data
 (k - mean)^2 is at most (1 / f - 1) var (Cauchy-Schwarz), so that cancellation costs no more than
 1 / f roundings.
@@ -95,10 +95,10 @@ def _on_gpu(x, mask, n, how):
     return _about_share(x, n, how)
 
 
-def _on_tpu(x, mask, n, how):
-    if mask is None and _is_rows(x, how):  # the loop would have x written for it
-        return _about_share(x, n, how)
-    return _about_zero(x, mask, n, how)
+def _on_tpu(x, mask, n, how, alone=True):
+    # A loop has x written for it; and devices that divide the samples must agree to run it.
+    no_loop = _is_rows(x, how) or not (alone or 0 in how[0])
+    return _about_share(x, n, how) if no_loop and mask is None else _about_zero(x, mask, n, how)
 
 
 def _is_rows(x, how):
@@ -192,5 +192,5 @@ _bind = compat.register(
     ),
     batch=_batch,
     on_gpu=lambda *_: _by(_on_gpu),
-    on_tpu=lambda *_: _by(_on_tpu),
+    on_tpu=lambda alone, _: _by(functools.partial(_on_tpu, alone=alone)),
 )
