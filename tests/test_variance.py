@@ -85,6 +85,20 @@ def test_groups_of_channels_share_statistics(schedule):
     np.testing.assert_allclose(found.mean, rows(mean), rtol=2e-5)
 
 
+def test_groups_of_channels_alone(schedule):
+    x = np.float32(data()["offset 1e3"][0])
+    found = jax.jit(lambda x: passes.moments(x, (), channel_groups=2).var)(x)
+    var = x.reshape(64, 14, 14, 2, 4).astype("float64").var(-1)
+    np.testing.assert_allclose(found, np.repeat(var, 4, -1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ((0, 14, 14, 8), (64, 0, 14, 8)))
+def test_nothing_has_the_mean_and_variance_zero(schedule, shape):
+    with cpu.in_training(True):
+        seen = jax.jit(lambda x: passes.moments(x, (0, 1, 2)))(np.zeros(shape, "float32"))
+    assert [float(jnp.max(jnp.abs(a))) for a in seen] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("value", (np.nan, np.inf, 1e25))
 def test_what_is_not_finite_stays_in_its_channel(schedule, value):
     x = np.random.default_rng(0).normal(size=SHAPE).astype("float32")

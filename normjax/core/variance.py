@@ -171,9 +171,10 @@ def _by(passes):
     """The function that stands for the primitive in programs where `passes` make the statistics."""
 
     def run(x, n, mask=None, *, how, fenced):
-        known = all(isinstance(size, int) for size in x.shape)  # not in an exported family
+        # Neither an exported family, nor empty, nor groups of channels alone.
+        usual = how[0] and all(isinstance(size, int) and size > 0 for size in x.shape)
         with contextlib.nullcontext() if fenced else unfenced():
-            return list(align(*(passes if known else _two_passes)(x, mask, n, how)))
+            return list(align(*(passes if usual else _two_passes)(x, mask, n, how)))
 
     return run
 
