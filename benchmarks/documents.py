@@ -111,7 +111,10 @@ def summary(measured, compiled, speed):
         f"{(row['read'] + row['written']) / 1e9:.1f}"
         for row in (moved["flax"], moved["normjax, inside"])
     )
-    yield "ResNet-50, bfloat16: GB that a training step moves, compiled for an H100", *gigabytes
+    yield (
+        "ResNet-50, bfloat16 (ReLU inside the norm): GB a step moves, compiled for H100",
+        *gigabytes,
+    )
     ratio = medians(speed)["BatchNorm, relu", "bfloat16"]["ratio_flax"]
     words = f"BatchNorm and ReLU, bfloat16: time of a training step, {speed['machine']['cores']}"
     yield f"{words} CPU cores", "1", f"{ratio:.2f}"
