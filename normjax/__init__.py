@@ -18,13 +18,31 @@ from normjax.core.statistics import pool as pool
 from normjax.core.structs import AffineParams as AffineParams
 from normjax.core.structs import Pool as Pool
 from normjax.core.structs import Running as Running
+from normjax.methods.adaptive_instance import AdaptiveInstanceNorm as AdaptiveInstanceNorm
+from normjax.methods.adaptive_instance import (
+    SandwichAdaptiveInstanceNorm as SandwichAdaptiveInstanceNorm,
+)
 from normjax.methods.affine import Affine as Affine
 from normjax.methods.batch import BatchNorm as BatchNorm
 from normjax.methods.batch import BatchRenorm as BatchRenorm
 from normjax.methods.batch import Ramp as Ramp
 from normjax.methods.batch import relu_scale as relu_scale
+from normjax.methods.branches import AuxBatchNorm as AuxBatchNorm
+from normjax.methods.branches import MultiStats as MultiStats
+from normjax.methods.branches import SandwichAuxBatchNorm as SandwichAuxBatchNorm
+from normjax.methods.branches import operation_index as operation_index
 from normjax.methods.chain import Chain as Chain
 from normjax.methods.chain import chain as chain
+from normjax.methods.conditional import AdaptiveLayerNorm as AdaptiveLayerNorm
+from normjax.methods.conditional import ClassAffine as ClassAffine
+from normjax.methods.conditional import ConditionalAffine as ConditionalAffine
+from normjax.methods.conditional import ConditionalBatchNorm as ConditionalBatchNorm
+from normjax.methods.conditional import ConditionalGroupNorm as ConditionalGroupNorm
+from normjax.methods.conditional import ConditionalParams as ConditionalParams
+from normjax.methods.conditional import Conditioned as Conditioned
+from normjax.methods.conditional import ConditionedParams as ConditionedParams
+from normjax.methods.conditional import SandwichBatchNorm as SandwichBatchNorm
+from normjax.methods.conditional import near_one as near_one
 from normjax.methods.derf import Derf as Derf
 from normjax.methods.derf import DerfParams as DerfParams
 from normjax.methods.dynamic import DynamicTanh as DynamicTanh
@@ -51,12 +69,22 @@ from normjax.methods.spectral.method import SpectralRunning as SpectralRunning
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaptiveInstanceNorm",
+    "AdaptiveLayerNorm",
     "Affine",
     "AffineParams",
     "AnalyticGhostNoise",
+    "AuxBatchNorm",
     "BatchNorm",
     "BatchRenorm",
     "Chain",
+    "ClassAffine",
+    "ConditionalAffine",
+    "ConditionalBatchNorm",
+    "ConditionalGroupNorm",
+    "ConditionalParams",
+    "Conditioned",
+    "ConditionedParams",
     "Covariances",
     "Derf",
     "DerfParams",
@@ -77,6 +105,7 @@ __all__ = [
     "LayerNorm",
     "Method",
     "Moments",
+    "MultiStats",
     "NoiseState",
     "Normalization",
     "Normalizer",
@@ -86,10 +115,15 @@ __all__ = [
     "Ramp",
     "Running",
     "RunningNorm",
+    "SandwichAdaptiveInstanceNorm",
+    "SandwichAuxBatchNorm",
+    "SandwichBatchNorm",
     "SpectralBatchNorm",
     "SpectralRunning",
     "Traits",
     "chain",
+    "near_one",
+    "operation_index",
     "pool",
     "propagate",
     "relu_scale",

@@ -19,11 +19,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import normjax
 from normjax.core import checks
 from normjax.core.fields import Configuration
-from normjax.core.method import observes, replace, traits
+from normjax.core.method import observes, traits
 from normjax.core.statistics import whole
 from normjax.core.structs import to_dict
+from normjax.core.tracing import without_initializers
 
-INITIALIZERS = "scale_init", "bias_init", "transition_init"
 NOTE = """
     As an NNX module (`normjax.nnx`) it takes `num_features` first, these fields,
     `use_running_average` (False: calls train), `rngs`, and `scale_metadata` and `bias_metadata` for
@@ -185,8 +185,8 @@ class _Configuration:
 
     def __init__(self, method):
         self.method = method
-        bare = dict.fromkeys(INITIALIZERS, jax.nn.initializers.zeros)
-        self._counts = replace(method, where=lambda one: isinstance(one, Configuration), **bare)
+        is_dataclass = dataclasses.is_dataclass(method)
+        self._counts = without_initializers(method) if is_dataclass else method
 
     def __eq__(self, other):
         return isinstance(other, _Configuration) and self._counts == other._counts

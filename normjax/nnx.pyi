@@ -30,6 +30,84 @@ class Norm(flax_nnx.Module):
     def set_view(self, use_running_average: bool | None = None) -> None: ...
     def __getattr__(self, name: str) -> Any: ...
 
+class AdaptiveInstanceNorm(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    unbiased_var: bool
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        unbiased_var: bool = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class AdaptiveLayerNorm(Norm):
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    reduction_axes: int | tuple[int, ...]
+    feature_axes: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    num_classes: int | None
+    condition_features: int | None
+    form: Literal["film", "adaln_zero", "tadam"]
+    kernel_init: Callable[..., Any] | None
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        reduction_axes: int | tuple[int, ...] = ...,
+        feature_axes: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        num_classes: int | None = ...,
+        condition_features: int | None = ...,
+        form: Literal["film", "adaln_zero", "tadam"] = ...,
+        kernel_init: Callable[..., Any] | None = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 class Affine(Norm):
     axis: int | tuple[int, ...]
     dtype: Any
@@ -80,6 +158,51 @@ class AnalyticGhostNoise(Norm):
         strength: float | Callable[[Any], Any] = ...,
         unbiased_scale: bool = ...,
         shift_unit: Literal["one", "deviation", "deviation, differentiated"] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class AuxBatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative", "pooled"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    constant_statistics: bool
+    num_branches: int
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        num_branches: int = ...,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative", "pooled"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
@@ -182,6 +305,175 @@ class Chain(Norm):
         self,
         num_features: int | tuple[int, ...],
         methods: tuple[Any, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class ClassAffine(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    num_classes: int
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        num_classes: int,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class ConditionalAffine(Norm):
+    axis: int | tuple[int, ...]
+    activation: Callable[[jax.Array], jax.Array] | None
+    condition_features: int | None
+    form: Literal["film", "adaln_zero", "tadam"]
+    kernel_init: Callable[..., Any] | None
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    use_bias: bool
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        condition_features: int | None,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        form: Literal["film", "adaln_zero", "tadam"] = ...,
+        kernel_init: Callable[..., Any] | None = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        use_bias: bool = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class ConditionalBatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative", "pooled"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    constant_statistics: bool
+    num_classes: int | None
+    condition_features: int | None
+    form: Literal["film", "adaln_zero", "tadam"]
+    kernel_init: Callable[..., Any] | None
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative", "pooled"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
+        num_classes: int | None = ...,
+        condition_features: int | None = ...,
+        form: Literal["film", "adaln_zero", "tadam"] = ...,
+        kernel_init: Callable[..., Any] | None = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class ConditionalGroupNorm(Norm):
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    num_classes: int | None
+    condition_features: int | None
+    form: Literal["film", "adaln_zero", "tadam"]
+    kernel_init: Callable[..., Any] | None
+    num_groups: int | None
+    group_size: int | None
+    reduction_axes: int | tuple[int, ...] | None
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        num_groups: int | None = ...,
+        group_size: int | None = ...,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        num_classes: int | None = ...,
+        condition_features: int | None = ...,
+        form: Literal["film", "adaln_zero", "tadam"] = ...,
+        kernel_init: Callable[..., Any] | None = ...,
+        reduction_axes: int | tuple[int, ...] | None = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class Conditioned(Norm):
+    method: Any
+    affine: Any
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        method: Any,
+        affine: Any,
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
@@ -673,6 +965,21 @@ class LayerNorm(Norm):
         promote_dtype: Any = ...,
     ) -> None: ...
 
+class MultiStats(Norm):
+    method: Any
+    num_branches: int
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        method: Any,
+        num_branches: int,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 class RMSNorm(Norm):
     dtype: Any
     param_dtype: Any
@@ -759,6 +1066,139 @@ class RunningNorm(Norm):
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
+class SandwichAdaptiveInstanceNorm(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    unbiased_var: bool
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        unbiased_var: bool = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class SandwichAuxBatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative", "pooled"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    constant_statistics: bool
+    num_branches: int
+    class_scale_init: Callable[..., Any]
+    class_bias_init: Callable[..., Any]
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        num_branches: int = ...,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative", "pooled"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
+        class_scale_init: Callable[..., Any] = ...,
+        class_bias_init: Callable[..., Any] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class SandwichBatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative", "pooled"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    constant_statistics: bool
+    num_classes: int
+    class_scale_init: Callable[..., Any]
+    class_bias_init: Callable[..., Any]
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        num_classes: int,
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative", "pooled"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
+        class_scale_init: Callable[..., Any] = ...,
+        class_bias_init: Callable[..., Any] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 class Seen(flax_nnx.Intermediate[Any]): ...
 
 class SpectralBatchNorm(Norm):
@@ -817,11 +1257,19 @@ class SpectralBatchNorm(Norm):
     ) -> None: ...
 
 __all__ = [
+    "AdaptiveInstanceNorm",
+    "AdaptiveLayerNorm",
     "Affine",
     "AnalyticGhostNoise",
+    "AuxBatchNorm",
     "BatchNorm",
     "BatchRenorm",
     "Chain",
+    "ClassAffine",
+    "ConditionalAffine",
+    "ConditionalBatchNorm",
+    "ConditionalGroupNorm",
+    "Conditioned",
     "Derf",
     "DynamicTanh",
     "EvalNorm",
@@ -834,9 +1282,13 @@ __all__ = [
     "InstanceNorm",
     "KalmanNorm",
     "LayerNorm",
+    "MultiStats",
     "Norm",
     "RMSNorm",
     "RunningNorm",
+    "SandwichAdaptiveInstanceNorm",
+    "SandwichAuxBatchNorm",
+    "SandwichBatchNorm",
     "Seen",
     "SpectralBatchNorm",
 ]

@@ -34,6 +34,8 @@ LAYERS = [
     ["methods.spectral.transforms"],
     ["methods.spectral.spatial", "methods.spectral.bands"],
     ["methods.batch", "methods.layer", "methods.dynamic"],
+    ["methods.group"],
+    ["methods.conditional"],
     ["methods", "methods.spectral"],
     ["methods.__init__"],
     ["__init__"],

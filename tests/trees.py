@@ -23,7 +23,30 @@ ARGUMENTS = {
     "GhostNoise": {"ghost_batch_size": 2},
     "AnalyticGhostNoise": {"ghost_batch_size": 2},
     "GhostNoiseBatchNorm": {"ghost_batch_size": 2},
+    "ClassAffine": {"num_classes": 3},
+    "ConditionalAffine": {"condition_features": 5},
+    "Conditioned": {"method": nj.GroupNorm(), "affine": nj.ConditionalAffine(5, form="tadam")},
+    "ConditionalBatchNorm": {"num_classes": 3},
+    "ConditionalGroupNorm": {"num_classes": 3},
+    "AdaptiveLayerNorm": {"condition_features": 5, "form": "adaln_zero"},
+    "SandwichBatchNorm": {"num_classes": 3},
+    "MultiStats": {"method": nj.BatchNorm(), "num_branches": 2},
     "Chain": {"methods": (nj.LayerNorm(), nj.BatchNorm(running_average="debiased"))},
+}
+CLASS, VECTOR = {"condition": jnp.ones(2, int)}, {"condition": jnp.ones((2, 5))}
+INPUTS = {
+    "ClassAffine": CLASS,
+    "ConditionalAffine": VECTOR,
+    "Conditioned": VECTOR,
+    "ConditionalBatchNorm": CLASS,
+    "ConditionalGroupNorm": CLASS,
+    "AdaptiveLayerNorm": VECTOR,
+    "SandwichBatchNorm": CLASS,
+    "MultiStats": {"branch": 1},
+    "AuxBatchNorm": {"branch": 1},
+    "SandwichAuxBatchNorm": {"branch": 1},
+    "AdaptiveInstanceNorm": {"style": X},
+    "SandwichAdaptiveInstanceNorm": {"style": X},
 }
 
 
@@ -35,7 +58,8 @@ def describe(tree):
 
 def linen_tree(module):
     """The variable tree that a Linen module makes."""
-    return describe(jax.eval_shape(lambda: module.init(jax.random.key(0), X, True)))
+    given = INPUTS.get(type(module).__name__, {})
+    return describe(jax.eval_shape(lambda: module.init(jax.random.key(0), X, True, **given)))
 
 
 def nnx_tree(module):

@@ -27,6 +27,9 @@ class Configuration:
     def check_training(self, x: Any) -> None:
         """ValueError for an input `x` of which training would make nothing; none by default."""
 
+    def check_inputs(self, **inputs: Any) -> None:
+        """ValueError for values of further inputs that do not fit, where known; none by default."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AxisFields(Configuration):

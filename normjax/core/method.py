@@ -127,8 +127,9 @@ def feature_sizes(method: Any, shape: tuple[int, ...]) -> Features:
 
 
 def observes(method: Any) -> bool:
-    """Whether `method`, and all that it is made of, give their statistics."""
-    return isinstance(method, Normalization) and all(map(observes, parts(method)))
+    """Whether `method`, and all that it is made of but a map of its output, give statistics."""
+    inner = (part for part in parts(method) if part is not getattr(method, "affine", None))
+    return isinstance(method, Normalization) and all(map(observes, inner))
 
 
 def parts(method: Any) -> tuple[Any, ...]:

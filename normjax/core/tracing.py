@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 
-from normjax.core import cpu
+from normjax.core import checks, cpu
 from normjax.core.method import traits
 
 Apply = TypeVar("Apply", bound=Callable[..., Any])
@@ -19,7 +19,7 @@ def traced_once(apply: Apply) -> Apply:
     JAX keeps the trace and the derivatives of an inner jit for all layers alike, which halves the
     time it takes to trace a deep network. It is inlined: the compiler would let one function that
     many layers share stand in the way of their shardings. A method that treats training and
-    evaluation alike is traced once for both, and `check_training` runs outside.
+    evaluation alike is traced once for both; `check_training` and `check_inputs` run outside.
     """
 
     @functools.partial(jax.jit, static_argnums=0, static_argnames="train", inline=True)
@@ -36,6 +36,7 @@ def traced_once(apply: Apply) -> Apply:
             raise TypeError(f"{name}: train={train!r} is not True or False. {hint}")
         if unknown := given.keys() - {"mask", "key"} - known.inputs.keys():
             raise TypeError(f"{name}: apply takes no input {min(unknown)!r}.")
+        self.check_inputs(**{name: value for name, value in given.items() if name in known.inputs})
         static = without_initializers(self)
         out = compiled(static, params, state, x, train=train and known.trains, **given)
         if train:
@@ -46,7 +47,22 @@ def traced_once(apply: Apply) -> Apply:
 
 
 def without_initializers(method: Any) -> Any:
-    """`method` with default initializers, so that a fresh closure there needs no new trace."""
-    fields = [f for f in dataclasses.fields(method) if f.name.endswith("_init")]
-    defaults = {f.name: f.default for f in fields if getattr(method, f.name) != f.default}
-    return dataclasses.replace(method, **defaults) if defaults else method
+    """`method`, and all that it is made of, with default initializers.
+
+    So a fresh closure there needs no new trace, and makes no other configuration of it.
+    """
+
+    def bare(value):
+        if isinstance(value, tuple):
+            return tuple(map(bare, value))
+        is_method = dataclasses.is_dataclass(value) and not checks.method(value)
+        return without_initializers(value) if is_method else value
+
+    changed = {}
+    for f in dataclasses.fields(method):
+        old = getattr(method, f.name)
+        has_default = f.name.endswith("_init") and f.default is not dataclasses.MISSING
+        new = f.default if has_default else bare(old)
+        if new != old:
+            changed[f.name] = new
+    return dataclasses.replace(method, **changed) if changed else method
