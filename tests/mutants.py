@@ -57,6 +57,7 @@ DERF = "normjax/methods/derf.py"
 RUNNING_NORM = "normjax/methods/running_norm.py"
 LINEN, CARRY = (f"normjax/linen/{name}.py" for name in ("__init__", "carry"))
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
+BALANCE = "normjax/analysis/balance.py"
 
 OF_PASSES = {
     "transpose of the drop doubled": Mutant(
@@ -913,6 +914,27 @@ OF_THE_REST = {
     ),
 }
 
+OF_ANALYSIS = {
+    "gradients of the rows of another condition": Mutant(
+        BALANCE,
+        "g[i] if name in rows",
+        "g[0] if name in rows",
+        some("analysis/test_balance.py", "test_oracle"),
+    ),
+    "the loss of all conditions instead of one": Mutant(
+        BALANCE,
+        "(jnp.arange(len(found)) == i)",
+        "(jnp.arange(len(found)) >= i)",
+        some("analysis/test_balance.py", "test_gradients_of_a_condition"),
+    ),
+    "mean cosine with gradients that have no direction": Mutant(
+        BALANCE,
+        "jnp.mean(cosines, where=pairs)",
+        "jnp.mean(cosines)",
+        some("analysis/test_balance.py", "no_direction"),
+    ),
+}
+
 OF_THE_SEAM = {
     "pooled statistics forget what rounding loses": Mutant(
         RUNNING,
@@ -1037,6 +1059,7 @@ OF_THE_SEAM = {
 }
 
 MUTANTS = {
+    **OF_ANALYSIS,
     **OF_THE_SEAM,
     **OF_PASSES,
     **OF_PROGRAMS,
