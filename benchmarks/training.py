@@ -123,12 +123,7 @@ def compile(
     """
     steps = len(inputs.train_labels) // batch_size
     total = steps * epochs
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, total // 20, total)
-    optimizer = optax.chain(
-        optax.add_decayed_weights(5e-4, mask=_kernels),
-        optax.sgd(schedule, momentum=0.9, nesterov=True),
-        *after,
-    )
+    optimizer = optax.chain(sgd(learning_rate, total), *after)
 
     def start(seed):
         images = jnp.zeros((1, *inputs.train_images.shape[1:]))
@@ -157,7 +152,7 @@ def compile(
 
             def loss(params):
                 logits, new = _call(network, params, batch_stats, images, key)
-                return _cross_entropy(logits, labels).mean(), new
+                return cross_entropy(logits, labels).mean(), new
 
             (value, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
             updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -181,7 +176,7 @@ def compile(
 
         def batch(images, labels):
             logits: Any = network.apply(variables, scale(images, inputs), train=False)
-            losses = jnp.where(labels >= 0, _cross_entropy(logits, labels), 0.0)
+            losses = jnp.where(labels >= 0, cross_entropy(logits, labels), 0.0)
             return losses.sum(), jnp.sum(logits.argmax(-1) == labels)
 
         losses, correct = lax.map(lambda b: batch(*b), (inputs.test_images, inputs.test_labels))
@@ -197,6 +192,15 @@ def compile(
     first = for_seeds(start).lower(jnp.arange(seeds))
     rest = (for_seeds(f).lower(first.out_info, inputs).compile() for f in (train, evaluate))
     return Program(first.compile(), *rest)
+
+
+def sgd(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """Nesterov momentum with warm-up and cosine up to `learning_rate`, weight decay on kernels."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
+    return optax.chain(
+        optax.add_decayed_weights(5e-4, mask=_kernels),
+        optax.sgd(schedule, momentum=0.9, nesterov=True),
+    )
 
 
 def validation_accuracy(network: nn.Module, state: State, inputs: Inputs) -> np.ndarray:
@@ -282,7 +286,8 @@ def _augment(key, images, pad, flip):
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
 
-def _cross_entropy(logits, labels):
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Losses f[...] of integer labels."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
