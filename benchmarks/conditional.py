@@ -105,11 +105,11 @@ def rotations(images: jax.Array, noise: Sequence[float]) -> Callable[[jax.Array]
     every, deviation = turned(images), jnp.asarray(noise)
 
     def sample(key):
-        keys = jax.random.split(key, 3)
+        *keys, noisy = jax.random.split(key, 4)
         angle, label, index = (
             jax.random.randint(k, (64,), 0, n) for k, n in zip(keys, every.shape[:3], strict=True)
         )
-        white = jax.random.normal(keys[0], (64, *every.shape[3:]))
+        white = jax.random.normal(noisy, (64, *every.shape[3:]))
         x = every[angle, label, index] + deviation[angle][:, None, None, None] * white
         return Batch(x, angle, label)
 
@@ -200,14 +200,25 @@ def prototypes(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return -jnp.mean(jnp.square(gap), -1), labels
 
 
+def forward(
+    network: nn.Module, params: Any, stats: Any, batch: Batch, *, train: bool
+) -> tuple[jax.Array, Any]:
+    """The outputs of a batch, and new running statistics."""
+    variables = {"params": params, "batch_stats": stats}
+    outputs, new = network.apply(
+        variables, batch.images, batch.condition, train=train, mutable=["batch_stats"]
+    )
+    return outputs, new.get("batch_stats", {})
+
+
 def train(
     network: nn.Module,
     sample: Callable[[jax.Array], Batch],
     read: Callable[..., tuple[jax.Array, jax.Array]],
     options: argparse.Namespace,
-    measure: Callable[[Any], Any] = lambda variables: (),
+    measure: Callable[[Any], Any] = lambda state: (),
 ) -> tuple[Any, Any]:
-    """Variables after training, and what `measure` makes of them over time; seeds lead.
+    """Parameters and statistics after training, and what `measure` makes of them; seeds lead.
 
     Measured at the start and after every part of `options.parts`.
     """
@@ -219,12 +230,9 @@ def train(
         batch = sample(key)
 
         def loss(params):
-            variables = {"params": params, "batch_stats": stats}
-            outputs, new = network.apply(
-                variables, batch.images, batch.condition, train=True, mutable=["batch_stats"]
-            )
+            outputs, new = forward(network, params, stats, batch, train=True)
             scores, labels = read(outputs, batch)
-            return training.cross_entropy(scores, labels).mean(), new.get("batch_stats", {})
+            return training.cross_entropy(scores, labels).mean(), new
 
         grads, stats = jax.grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(grads, state, params)
@@ -232,25 +240,25 @@ def train(
 
     def part(carry, keys):
         carry, _ = lax.scan(step, carry, keys)
-        return carry, measure({"params": carry[0], "batch_stats": carry[1]})
+        return carry, measure(carry[:2])
 
     def one(seed):
         start, order = jax.random.split(jax.random.key(seed))
         batch = sample(start)
         variables = network.init(start, batch.images, batch.condition, train=False)
         params, stats = variables["params"], variables.get("batch_stats", {})
-        first = measure({"params": params, "batch_stats": stats})
+        first = measure((params, stats))
         keys = jax.random.split(order, (options.parts, each))
         (params, stats, _), history = lax.scan(part, (params, stats, optimizer.init(params)), keys)
         history = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, history)
-        return {"params": params, "batch_stats": stats}, history
+        return (params, stats), history
 
     return jax.jit(lambda seeds: lax.map(one, seeds))(jnp.arange(options.seeds))
 
 
 def accuracy(
     network: nn.Module,
-    variables: Any,
+    state: Any,
     sample: Callable[[jax.Array], Batch],
     read: Callable[..., tuple[jax.Array, jax.Array]],
     *,
@@ -258,19 +266,18 @@ def accuracy(
 ) -> list[float]:
     """Shares of right answers by seed; with `train` the statistics are those of the batch."""
 
-    def batch(variables, key):
-        drawn = sample(key)
-        how = dict(train=train, mutable=["batch_stats"])
-        outputs, _ = network.apply(variables, drawn.images, drawn.condition, **how)
-        scores, labels = read(outputs, drawn)
+    def right(state, key):
+        (params, stats), batch = state, sample(key)
+        outputs, _ = forward(network, params, stats, batch, train=train)
+        scores, labels = read(outputs, batch)
         return jnp.mean(scores.argmax(-1) == labels)
 
     @jax.jit
-    def of_seeds(variables):
+    def of_seeds(states):
         keys = jax.random.split(jax.random.key(1), EVALUATIONS)
-        return lax.map(lambda v: lax.map(lambda key: batch(v, key), keys).mean(), variables)
+        return lax.map(lambda s: lax.map(lambda key: right(s, key), keys).mean(), states)
 
-    return np.asarray(of_seeds(variables), float).tolist()
+    return np.asarray(of_seeds(state), float).tolist()
 
 
 def study_balance(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -284,12 +291,12 @@ def study_balance(options: argparse.Namespace) -> list[dict[str, Any]]:
         for kind in (nj.ConditionalBatchNorm, nj.SandwichBatchNorm):
             network = Net(kind(num_classes=ANGLES, momentum=0.9), 10, (1, 2, 1), questions=False)
             measure = functools.partial(gradients, network, fixed)
-            variables, history = train(network, sample, logits, options, measure)
+            state, history = train(network, sample, logits, options, measure)
             found.append(
                 {
                     "data": name,
                     "method": kind.__name__,
-                    "accuracy": accuracy(network, variables, evaluated, logits),
+                    "accuracy": accuracy(network, state, evaluated, logits),
                     "measures": {
                         leaf: {
                             field: short(getattr(measures, field)) for field in ("norms", "cosine")
@@ -307,21 +314,19 @@ def short(values: jax.Array) -> list[Any]:
     return np.array([float(f"{v:.4g}") for v in a.ravel()]).reshape(a.shape).tolist()
 
 
-def gradients(network: Net, batch: Batch, variables: Any) -> dict[str, balance.Measures]:
+def gradients(network: Net, batch: Batch, state: Any) -> dict[str, balance.Measures]:
     """Of all kernels before a norm, and of the angles' scales and biases."""
+    params, stats = state
 
     def losses(params):
-        how = dict(train=True, mutable=["batch_stats"])
-        outputs, _ = network.apply(
-            variables | {"params": params}, batch.images, batch.condition, **how
-        )
-        each = training.cross_entropy(*logits(outputs, batch))
+        outputs, _ = forward(network, params, stats, batch, train=True)
+        each = training.cross_entropy(outputs, batch.labels)
         return balance.by_condition(each, batch.condition, ANGLES)
 
     layers = range(1, 1 + len(network.strides))
     kernels = [f"conv_{i}/kernel" for i in layers]
     rows = [f"norm_{i}/condition/{leaf}" for i in layers for leaf in ("scale", "bias")]
-    return balance.measure(losses, variables["params"], kernels, rows)
+    return balance.measure(losses, params, kernels, rows)
 
 
 def conditional(features: int) -> dict[str, Any]:
@@ -338,7 +343,7 @@ def study_relations(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for name, method in conditional(64).items():
         network = Net(method, 2)
-        variables, _ = train(network, questions(images), logits, options)
+        state, _ = train(network, questions(images), logits, options)
         row: dict[str, Any] = {"method": name, "accuracy": {}}
         for held_out in (False, True):
             pairs = "held-out pairs" if held_out else "trained pairs"
@@ -348,7 +353,7 @@ def study_relations(options: argparse.Namespace) -> list[dict[str, Any]]:
                 ("of one question", True, True),
             ):
                 sample = questions(test, held_out=held_out, alone=alone)
-                values = accuracy(network, variables, sample, logits, train=batch)
+                values = accuracy(network, state, sample, logits, train=batch)
                 row["accuracy"][f"{pairs}, {statistics}"] = values
         found.append(row)
     return found
@@ -360,12 +365,12 @@ def study_few_shot(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for name, method in conditional(64).items():
         network = Net(method, 64)
-        variables, _ = train(network, tasks(images, TRAIN_DIGITS), prototypes, options)
+        state, _ = train(network, tasks(images, TRAIN_DIGITS), prototypes, options)
         row: dict[str, Any] = {"method": name, "accuracy": {}}
         for words, wanted in (("digits of training", TRAIN_DIGITS), ("new digits", TEST_DIGITS)):
             for statistics, batch in (("running", False), ("of a mixed batch", True)):
                 sample = tasks(test, wanted)
-                values = accuracy(network, variables, sample, prototypes, train=batch)
+                values = accuracy(network, state, sample, prototypes, train=batch)
                 row["accuracy"][f"{words}, {statistics}"] = values
         found.append(row)
     return found
