@@ -114,8 +114,7 @@ class Norm(nnx.Module):
             raise TypeError(f"{type(self).__name__}: use_running_average={said!r} {hint}")
         hint = "use_running_average was given neither at construction nor at the call."
         evaluate = first_from(said, field, error_msg=f"{type(self).__name__}: {hint}")
-        places = jax.tree.unflatten(self._structure, range(self._structure.num_leaves))
-        params, state = (self._values(tree) for tree in places)
+        params, state = self.unpack()
         key = self.rngs() if not evaluate and traits(self.method).random else None
         how = dict(train=not evaluate, mask=mask, key=key, **inputs)
         y, state = self.method.apply(params, state, x, **how)
@@ -125,6 +124,11 @@ class Norm(nnx.Module):
         if Seen in map(type, getattr(self, "__captures__", ())) and observes(self.method):
             self.sow(Seen, "seen", whole(self.method.observe(x, mask)))
         return y
+
+    def unpack(self) -> tuple[Any, Any]:
+        """Parameters and state of the method, as the variables are now."""
+        params, state = jax.tree.unflatten(self._structure, range(self._structure.num_leaves))
+        return self._values(params), self._values(state)
 
     def set_view(self, use_running_average: bool | None = None):
         """Used by `nnx.view`.

@@ -31,6 +31,40 @@ def gate(dtype, shape):
     return {"gate": jnp.asarray(np.round(8 * z) / 8, dtype)}
 
 
+def classes(dtype, shape):
+    """Classes of samples, of three."""
+    return {"condition": jnp.arange(shape[0]) % 3}
+
+
+def mixtures(dtype, shape):
+    """Weights of three classes for samples; their numbers are exact in every dtype."""
+    weights = np.random.default_rng(11).random((shape[0], 3))
+    return {"condition": jnp.asarray(np.round(8 * weights) / 8, dtype)}
+
+
+def vectors(dtype, shape, *, positions=()):
+    """A vector of five numbers for each sample, or position; exact in every dtype."""
+    z = np.random.default_rng(12).normal(size=(shape[0], *positions, 5))
+    return {"condition": jnp.asarray(np.round(8 * z) / 8, dtype)}
+
+
+def pairs(dtype, shape):
+    """Offsets of scale and bias for each sample."""
+    u, v = np.round(8 * np.random.default_rng(13).normal(size=(2, shape[0], shape[-1]))) / 8
+    return {"condition": (jnp.asarray(u, dtype), jnp.asarray(v, dtype))}
+
+
+def style(dtype, shape):
+    """Maps of a style, larger than those of the content by a row."""
+    z = np.random.default_rng(14).normal(size=(shape[0], shape[1] + 1, *shape[2:]))
+    return {"style": jnp.asarray(np.round(8 * z) / 8, dtype)}
+
+
+def branch(dtype, shape):
+    """The second of several branches."""
+    return {"branch": 1}
+
+
 GATED = {"extra": gate, "residual_bytes": 3.1}  # a gate in float32 beside bfloat16
 MAPS = {"masks_positions": False}
 variant = functools.partial(Case, tier=2)
@@ -231,5 +265,84 @@ CASES = {
         (16, 3, 4),
         residual_bytes=3.1,
         roundings=3,
+    ),
+    # Of 24 positions; scales and biases of samples and channels are kept in float32.
+    "ClassAffine": Case(nj.ClassAffine(3), (16, 3, 4), extra=classes, residual_bytes=1.3),
+    "ClassAffine, mixtures, channels first": variant(
+        nj.ClassAffine(3, axis=1, activation=jax.nn.relu),
+        (16, 4, 3),
+        extra=mixtures,
+        residual_bytes=1.3,
+    ),
+    "ConditionalAffine": Case(
+        nj.ConditionalAffine(5), (16, 3, 4), extra=vectors, residual_bytes=1.3
+    ),
+    "ConditionalAffine, positions": variant(
+        nj.ConditionalAffine(5, use_bias=False, form="tadam"),
+        (16, 3, 4),
+        residual_bytes=None,  # the scale is as large as the input
+        fits_positions=False,
+        drops_rows=True,
+        extra=functools.partial(vectors, positions=(3,)),
+    ),
+    "Conditioned": Case(
+        nj.Conditioned(nj.BatchRenorm(axis=1), nj.ClassAffine(3, axis=1)),
+        (16, 4, 9),
+        extra=classes,
+    ),
+    "Conditioned, two passes": variant(
+        nj.Conditioned(nj.RMSNorm(cast="before_scale", activation=jax.nn.relu), nj.ClassAffine(3)),
+        (16, 3, 6),
+        residual_bytes=3.3,  # what is between the two, in float32
+        roundings=3,
+        keeps_rounded=True,
+        extra=classes,
+    ),
+    "Conditioned, pair": variant(
+        nj.Conditioned(nj.InstanceNorm(activation=jax.nn.relu), nj.ConditionalAffine(None)),
+        (16, 3, 3, 4),
+        extra=pairs,
+    ),
+    "Conditioned, ghosts": variant(
+        nj.Ghost(nj.Conditioned(nj.BatchNorm(), nj.ClassAffine(3)), groups=4),
+        (16, 6, 4),
+        residual_bytes=1.3,
+        drops_rows=False,
+        extra=mixtures,
+    ),
+    "ConditionalBatchNorm": Case(
+        nj.ConditionalBatchNorm(num_classes=3), (16, 3, 3, 4), extra=classes
+    ),
+    "ConditionalBatchNorm, vectors, relu inside": variant(
+        nj.ConditionalBatchNorm(condition_features=5, activation=jax.nn.relu),
+        (16, 3, 3, 4),
+        extra=vectors,
+    ),
+    "ConditionalBatchNorm, features": variant(
+        nj.ConditionalBatchNorm(num_classes=3), (16, 4), residual_bytes=None, extra=classes
+    ),
+    "ConditionalGroupNorm": Case(
+        nj.ConditionalGroupNorm(2, num_classes=3), (16, 3, 3, 4), extra=mixtures
+    ),
+    "AdaptiveLayerNorm": Case(
+        nj.AdaptiveLayerNorm(condition_features=5, form="adaln_zero"), (16, 3, 6), extra=vectors
+    ),
+    "AdaptiveLayerNorm, pair": variant(
+        nj.AdaptiveLayerNorm(), (16, 3, 6), extra=pairs, residual_bytes=1.3
+    ),
+    "SandwichBatchNorm": Case(nj.SandwichBatchNorm(3), (16, 3, 3, 4), extra=classes),
+    "MultiStats": Case(
+        nj.MultiStats(nj.BatchNorm(running_average="pooled"), 3), (16, 9, 4), extra=branch
+    ),
+    "AuxBatchNorm": Case(nj.AuxBatchNorm(), (16, 3, 3, 4), extra=branch),
+    "SandwichAuxBatchNorm": Case(nj.SandwichAuxBatchNorm(3), (16, 3, 3, 4), extra=branch),
+    "AdaptiveInstanceNorm": Case(
+        nj.AdaptiveInstanceNorm(), (16, 3, 3, 4), extra=style, residual_bytes=3.3
+    ),
+    "SandwichAdaptiveInstanceNorm": Case(
+        nj.SandwichAdaptiveInstanceNorm(axis=-1),
+        (16, 3, 3, 4),
+        extra=style,
+        residual_bytes=3.3,  # the style in float32
     ),
 }

@@ -86,6 +86,7 @@ def nnx_class(name, cls):
     lines += ["    ) -> None: ..."]
     if name == "Norm":
         lines += [CALL.rstrip()]
+        lines += ["    def unpack(self) -> tuple[Any, Any]: ..."]
         lines += ["    def set_view(self, use_running_average: bool | None = None) -> None: ..."]
         lines += ["    def __getattr__(self, name: str) -> Any: ..."]
     return "\n".join(lines) + "\n"

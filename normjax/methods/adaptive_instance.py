@@ -71,11 +71,9 @@ class StyleFields(StatisticsFields, AffineFields, AxisFields):
         if style.ndim != len(x.shape) or any(style.shape[i] != x.shape[i] for i in alike):
             given = f"a style of shape {style.shape} for an input of shape {x.shape}"
             raise ValueError(f"{name}: {given}: it must have the shape {wanted}.")
-        valid = mask
         if mask is not None:
-            over = tuple(i for i in range(mask.ndim) if i)
-            valid = jnp.any(mask, over, keepdims=True)
-        return self.observe(passes.keep(valid, style))
+            mask = jnp.any(mask, tuple(range(1, mask.ndim)), keepdims=True)
+        return self.observe(style, mask)
 
     def _var(self, seen):
         if not self.unbiased_var:

@@ -55,7 +55,9 @@ def near_one(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.
       >>> f"{scale.mean():.2f} {scale.std():.2f}"
       '1.00 0.02'
     """
-    return 1 + jax.nn.initializers.normal(0.02)(key, shape, dtype)
+    if key is None:
+        raise ValueError("near_one: key=None, but it draws random numbers: give `init` a key.")
+    return 1 + 0.02 * jax.random.normal(key, shape, dtype)
 
 
 @traced_once
@@ -119,7 +121,7 @@ def arrange(method: Any, condition: Any, own: int, x: Any, mask: Mask, meaning: 
     return passes.keep(jnp.expand_dims(valid, tuple(range(-own, 0))), condition)
 
 
-def in_place(method: Any, a: jax.Array | None) -> jax.Array | None:
+def in_place(method: Any, a: Any) -> Any:
     """`a`, whose last axes are features, with these where `method` has them in an input."""
     features = len(several(feature_axes(method)))
     if a is None or a.ndim == features:
@@ -204,7 +206,8 @@ class ClassAffine(ActivationFields, AffineFields, AxisFields):
                 where = NamedSharding(mesh, PartitionSpec(*parts))
             return rows.at[condition].get(mode="clip", out_sharding=where)
 
-        return tuple(None if a is None else in_place(self, pick(a)) for a in params)
+        scale, bias = (None if a is None else in_place(self, pick(a)) for a in params)
+        return scale, bias
 
     def _checked(self, condition):
         """The condition as an array, and whether its last axis is of classes."""
@@ -313,20 +316,21 @@ class ConditionalAffine(ActivationFields, AxisFields):
         shape = len(self._rows()), *checks.as_features("ConditionalAffine", features)
         if self.condition_features is None:
             return ConditionalParams(), ()
-        start = jax.nn.initializers.zeros
-        if self.form == "tadam":
-            start = jax.nn.initializers.lecun_normal()
+        start: Any = self.kernel_init
+        if start is None:
+            initializers, random = jax.nn.initializers, self.form == "tadam"
+            start = initializers.lecun_normal() if random else initializers.zeros
         matrix = self.condition_features, math.prod(shape)
-        kernel = (self.kernel_init or start)(key, matrix, self.param_dtype)
+        kernel = start(key, matrix, self.param_dtype)
         zeros = jnp.zeros(shape, self.param_dtype)
         gain = zeros if self.form == "tadam" else None
         return ConditionalParams(kernel.reshape(matrix[0], *shape), zeros, gain), ()
 
     def arrange(self, condition: Any, x: Any, mask: Mask) -> Any:
         """The condition with an axis for every position of `x`; see `arrange`."""
-        condition, own = self._checked(condition)
-        meaning = "a vector" if self.condition_features else "u and v"
-        return jax.tree.map(lambda a: arrange(self, a, own, x, mask, meaning), condition)
+        own, meaning = (1, "a vector") if self.condition_features else (self._features, "u and v")
+        one = lambda a: arrange(self, a, own, x, mask, meaning)
+        return jax.tree.map(one, self._checked(condition))
 
     def scale_and_bias(self, params: ConditionalParams, condition: Any) -> tuple[Any, Any]:
         """One plus u, and v, of an arranged condition; of the rank of the input, or [features]."""
@@ -343,8 +347,12 @@ class ConditionalAffine(ActivationFields, AxisFields):
         """
         if self.form != "adaln_zero":
             raise ValueError(f"ConditionalAffine: form={self.form!r} has no gate.")
-        made = self._make(params, self.arrange(condition, x, None))
-        return passes.lift(in_place(self, made["gate"]), (), x.ndim).astype(x.dtype)
+        gate = in_place(self, self._make(params, self.arrange(condition, x, None))["gate"])
+        return passes.lift(gate, feature_positions(self, x.shape), x.ndim).astype(x.dtype)
+
+    @property
+    def _features(self):
+        return len(several(self.axis))
 
     def _rows(self):
         used = {"scale": self.use_scale, "bias": self.use_bias, "gate": self.form == "adaln_zero"}
@@ -352,18 +360,18 @@ class ConditionalAffine(ActivationFields, AxisFields):
 
     def _make(self, params, condition):
         """What `_rows` names, [..., features], in at least float32."""
-        condition, _ = self._checked(condition)
-        if self.condition_features is None:
+        condition = self._checked(condition)
+        if isinstance(condition, tuple):
             return dict(zip(self._rows(), map(passes.widen, condition), strict=True))
         z, axis = passes.widen(condition), condition.ndim - 1
-        kernel, bias, gain = (None if a is None else a.astype(z.dtype) for a in params)
-        rows = jnp.tensordot(z, kernel, 1) + bias
-        rows = rows if gain is None else rows * gain
+        lifted = lambda a: jnp.expand_dims(a.astype(z.dtype), tuple(range(axis)))
+        rows = jnp.tensordot(z, params.kernel.astype(z.dtype), 1) + lifted(params.bias)
+        rows = rows if params.gain is None else rows * lifted(params.gain)
         pick = lambda i: lax.index_in_dim(rows, i, axis, keepdims=False)
         return {name: pick(i) for i, name in enumerate(self._rows())}
 
-    def _checked(self, condition):
-        """The condition as real arrays, and how many axes at their end are their own."""
+    def _checked(self, condition) -> Any:
+        """The condition as a real array, or as one for each of `_rows`."""
         if condition is None:
             wanted = "a vector" if self.condition_features else "the pair (u, v)"
             raise ValueError(f"ConditionalAffine: condition=None: give {wanted} for each sample.")
@@ -375,14 +383,14 @@ class ConditionalAffine(ActivationFields, AxisFields):
                     "ConditionalAffine: condition_features=None needs as the condition a tuple, "
                     f"one array for each of {', '.join(rows)}; given was {type(condition)}."
                 )
-            return tuple(map(real, condition)), len(several(self.axis))
+            return tuple(map(real, condition))
         condition = real(condition)
         if condition.shape[-1:] != (self.condition_features,):
             raise ValueError(
                 f"ConditionalAffine: a condition of shape {condition.shape}, but "
                 f"condition_features={self.condition_features}, the size of its last axis."
             )
-        return condition, 1
+        return condition
 
 
 class ConditionedParams(NamedTuple):
@@ -492,6 +500,7 @@ class Conditioned(Configuration):
     ) -> tuple[jax.Array, Any]:
         """The norm's `apply`, with scale and bias of `condition` behind its own."""
         if not self._is_one_pass(inputs):
+            x = checks.as_real("Conditioned", x)
             return self._in_two(params, state, x, train, mask, key, condition, **inputs)
         x, mask = passes.inputs(self, x, mask)
         at = seam.require_variables(self.method, params.norm, state, x)
@@ -545,7 +554,7 @@ class Conditioned(Configuration):
         scale, bias = self.affine.scale_and_bias(params.condition, condition)
         given = [a for a in (*n, scale, bias) if a is not None]
         rank = max((a.ndim for a in given), default=0)
-        dtype = jnp.result_type(jnp.float32, *given)
+        dtype = max((passes.wide(a.dtype) for a in given), key=lambda d: jnp.finfo(d).bits)
         features = len(several(self.feature_axes))
         at = feature_positions(self, (1,) * rank) if rank > features else ()
         lifted = lambda a: None if a is None else passes.lift(a, at, rank).astype(dtype)
@@ -558,16 +567,17 @@ class Conditioned(Configuration):
         return n._replace(scale=own, bias=shift if bias is None else bias)
 
     def _in_two(self, params, state, x, train, mask, key, condition, **inputs):
-        method, last = self.method, {}
+        method, last, wide = self.method, {}, passes.wide(x.dtype)
         if hasattr(method, "activation"):
-            last = dict(activation=method.activation)
+            last["activation"] = method.activation
             method = dataclasses.replace(method, activation=None)
-        x, mask = passes.inputs(self, x, mask)
+        if hasattr(method, "dtype"):  # it rounds once, at the end
+            method = dataclasses.replace(method, dtype=wide)
+        last["dtype"] = passes.output_dtype(getattr(self.method, "dtype", None), x)
         how = dict(train=train, mask=mask, key=key, **inputs)
-        y, state = method.apply(params.norm, state, passes.value(x), **how)
-        affine = dataclasses.replace(self.affine, dtype=getattr(method, "dtype", None), **last)
-        how = dict(train=train, mask=mask, condition=condition)
-        return affine.apply(params.condition, (), y, **how)[0], state
+        y, state = method.apply(params.norm, state, x, **how)
+        affine, how = dataclasses.replace(self.affine, **last), dict(train=train, mask=mask)
+        return affine.apply(params.condition, (), y, condition=condition, **how)[0], state
 
 
 class Preset:
