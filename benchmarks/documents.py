@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import guarantees, report, spectral
+from benchmarks import conditional, guarantees, report, spectral
 from benchmarks.compilers import show, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -344,6 +344,15 @@ def pod_rows(results):
         yield str(row["chips"]), row["layout"], row["norm"], *cells
 
 
+def conditional_rows(*results):
+    """Two conditional norms, and the second less the first."""
+    rows = [row for found in results for row in conditional.summary(found)]
+    yield "data", "mean over seeds", *rows[0]["methods"], "difference"
+    for row in rows:
+        values = (conditional.text(row[name], sign) for name, sign in conditional.NUMBERS)
+        yield row["data"], row["quantity"], *values
+
+
 def recipe_rows(*results):
     """Small slow scales and controls beside the same network without."""
     yield "labels", "network", "arm", "test accuracy, points", "seeds"
@@ -422,6 +431,10 @@ TABLES: dict[str, Table] = {
     ),
     "compilers-networks": Table(COMPILED_FILES, network_rows, source=False, section="networks"),
     "compilers-pods": Table(("compilers/v5e.json",), pod_rows, section="pods"),
+    "balance": Table(("conditional/balance.json",), conditional_rows),
+    "conditional": Table(
+        ("conditional/relations.json", "conditional/few-shot.json"), conditional_rows
+    ),
     "recipe": Table(("recipe/noisy.json", "recipe/clean.json"), recipe_rows),
 }
 

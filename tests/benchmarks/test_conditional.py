@@ -66,36 +66,31 @@ def test_tasks_have_their_examples_first():
     assert scores[0, 1, 0, 1] == 0 > scores[0, 1, 0, 0]
 
 
-def test_files(tmp_path, capsys):
-    argv = ["few-shot", "--seeds", "2", "--steps", "2", "--parts", "1"]
-    assert conditional.main([*argv, "--output", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "few-shot.json").read_text())
-    assert [arm["method"] for arm in results["arms"]] == [
-        "ConditionalBatchNorm",
-        "ConditionalGroupNorm",
-    ]
-    for arm in results["arms"]:
-        for values in arm["accuracy"].values():
-            right = np.array(values) * conditional.EVALUATIONS * 100
-            np.testing.assert_allclose(right, right.round(), atol=0.02)
-    running, batch = (
-        results["arms"][1]["accuracy"][f"new digits, {name}"]
-        for name in ("running", "of a mixed batch")
-    )
-    assert running == batch, "group norm has no statistics of a batch"
-    assert "new digits, running" in capsys.readouterr().out
+def test_parts_divide_the_steps(capsys):
     with pytest.raises(SystemExit):
         conditional.main(["few-shot", "--steps", "3", "--parts", "2"])
     assert "--parts 2 does not divide --steps 3" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["balance", "relations"])
-def test_studies(study, tmp_path):
-    argv = [study, "--seeds", "1", "--steps", "4", "--parts", "2", "--output", str(tmp_path)]
-    assert conditional.main(argv) == 0
+@pytest.mark.parametrize(("study", "rows"), [("balance", 20), ("relations", 6), ("few-shot", 4)])
+def test_files(study, rows, tmp_path, capsys):
+    argv = [study, "--seeds", "2", "--steps", "4", "--parts", "2"]
+    assert conditional.main([*argv, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / f"{study}.json").read_text())
-    assert len(conditional.summary(results)) == {"balance": 20, "relations": 6}[study]
+    assert results["configuration"] == {"seeds": 2, "steps": 4, "parts": 2}
+    assert len(conditional.summary(results)) == rows
+    assert "accuracy" in capsys.readouterr().out
+    for arm in results["arms"]:
+        if study == "balance":
+            assert np.shape(arm["accuracy"]) == (2,)
+            for found in arm["measures"].values():
+                assert np.shape(found["norms"]) == (2, 3, conditional.ANGLES)
+                assert np.min(found["norms"]) > 0
+                assert np.shape(found["cosine"]) == (2, 3)
+        elif arm["method"] == "ConditionalGroupNorm":
+            running, batch = list(arm["accuracy"].values())[:2]
+            assert running == batch, "group norm has no statistics of a batch"
 
 
 def arm(method, accuracy, norms, cosine):
