@@ -152,7 +152,7 @@ def compile(
 
             def loss(params):
                 logits, new = _call(network, params, batch_stats, images, key)
-                return cross_entropy(logits, labels).mean(), new
+                return _cross_entropy(logits, labels).mean(), new
 
             (value, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
             updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -176,7 +176,7 @@ def compile(
 
         def batch(images, labels):
             logits: Any = network.apply(variables, scale(images, inputs), train=False)
-            losses = jnp.where(labels >= 0, cross_entropy(logits, labels), 0.0)
+            losses = jnp.where(labels >= 0, _cross_entropy(logits, labels), 0.0)
             return losses.sum(), jnp.sum(logits.argmax(-1) == labels)
 
         losses, correct = lax.map(lambda b: batch(*b), (inputs.test_images, inputs.test_labels))
@@ -286,8 +286,7 @@ def _augment(key, images, pad, flip):
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Losses f[...] of integer labels."""
+def _cross_entropy(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
