@@ -1073,7 +1073,7 @@ OF_CONDITIONS = {
         CONDITIONAL,
         "lifted = lambda a: None if a is None else passes.lift(a, at, rank).astype(dtype)",
         "lifted = lambda a: None if a is None else passes.lift(a, at, rank)",
-        some("methods/test_conditional.py", "classes_and_vectors"),
+        some("methods/test_conditional.py", "half_precision"),
     ),
     "two activations": Mutant(
         CONDITIONAL,
