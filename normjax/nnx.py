@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import normjax
 from normjax.core import checks
 from normjax.core.fields import Configuration
-from normjax.core.method import observes, replace, traits
+from normjax.core.method import observes, of_statistics, replace, traits
 from normjax.core.statistics import whole
 from normjax.core.structs import to_dict
 
@@ -123,7 +123,8 @@ class Norm(nnx.Module):
         for path, value in moved.items():
             self._variable(path).set_value(jax.lax.stop_gradient(value))
         if Seen in map(type, getattr(self, "__captures__", ())) and observes(self.method):
-            self.sow(Seen, "seen", whole(self.method.observe(x, mask)))
+            seen = self.method.observe(x, mask, **of_statistics(inputs))
+            self.sow(Seen, "seen", whole(seen))
         return y
 
     def set_view(self, use_running_average: bool | None = None):

@@ -85,6 +85,7 @@ class AnalyticGhostNoise(Norm):
     ) -> None: ...
 
 class BatchNorm(Norm):
+    num_segments: int | None
     axis: int | tuple[int, ...]
     dtype: Any
     param_dtype: Any
@@ -107,6 +108,7 @@ class BatchNorm(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        num_segments: int | None = ...,
         axis: int | tuple[int, ...] = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
@@ -492,6 +494,7 @@ class GhostNoiseBatchNorm(Norm):
     ) -> None: ...
 
 class GroupNorm(Norm):
+    num_segments: int | None
     dtype: Any
     param_dtype: Any
     use_scale: bool
@@ -513,6 +516,7 @@ class GroupNorm(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        num_segments: int | None = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
         use_scale: bool = ...,
@@ -531,6 +535,7 @@ class GroupNorm(Norm):
     ) -> None: ...
 
 class InstanceNorm(Norm):
+    num_segments: int | None
     dtype: Any
     param_dtype: Any
     use_scale: bool
@@ -548,6 +553,7 @@ class InstanceNorm(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        num_segments: int | None = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
         use_scale: bool = ...,
@@ -627,6 +633,7 @@ class KalmanNorm(Norm):
     ) -> None: ...
 
 class LayerNorm(Norm):
+    num_segments: int | None
     dtype: Any
     param_dtype: Any
     use_scale: bool
@@ -650,6 +657,7 @@ class LayerNorm(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        num_segments: int | None = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
         use_scale: bool = ...,
@@ -674,6 +682,7 @@ class LayerNorm(Norm):
     ) -> None: ...
 
 class RMSNorm(Norm):
+    num_segments: int | None
     dtype: Any
     param_dtype: Any
     use_scale: bool
@@ -695,6 +704,7 @@ class RMSNorm(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        num_segments: int | None = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
         use_scale: bool = ...,

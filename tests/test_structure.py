@@ -21,7 +21,7 @@ PACKAGE = ROOT / "normjax"
 LAYERS = [
     ["core.structs", "core.compat"],
     ["core.checks", "core.sharding"],
-    ["core.gpu", "core.groups"],
+    ["core.gpu", "core.groups", "core.segments"],
     ["core.cpu", "core.method", "core.statistics"],
     ["core.fields", "core.linear", "core.tracing"],
     ["core.variance", "core.roots"],

@@ -88,6 +88,13 @@ class ReductionFields(StatisticsFields):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentFields(Configuration):
+    """How many segments an input may have whose positions share statistics."""
+
+    num_segments: int | None = field(None, COUNT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunningFields(StatisticsFields, AffineFields, AxisFields):
     """How running statistics of features move: see `core.running`."""
 

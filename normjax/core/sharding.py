@@ -34,6 +34,11 @@ def place(a: jax.Array, parts: tuple[Any, ...], like: Any) -> jax.Array:
 
 
 def place_like(a: jax.Array, x: jax.Array) -> jax.Array:
-    """`a`, which has the rank of `x` and broadcasts to it, sharded as `x` where it is as large."""
-    sizes = zip(a.shape, x.shape, spec(x), strict=True)
-    return place(a, tuple(part if n == m != 1 else None for n, m, part in sizes), like=x)
+    """`a`, which has the rank of `x` and broadcasts to it, sharded as `x` where it is as large.
+
+    It may have axes in front of those of `x`, which are not sharded.
+    """
+    more = a.ndim - x.ndim
+    sizes = zip(a.shape[more:], x.shape, spec(x), strict=True)
+    parts = (part if n == m != 1 else None for n, m, part in sizes)
+    return place(a, (None,) * more + tuple(parts), like=x)

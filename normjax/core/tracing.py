@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 
-from normjax.core import cpu
+from normjax.core import checks, cpu
 from normjax.core.method import traits
 
 Apply = TypeVar("Apply", bound=Callable[..., Any])
@@ -36,6 +36,9 @@ def traced_once(apply: Apply) -> Apply:
             raise TypeError(f"{name}: train={train!r} is not True or False. {hint}")
         if unknown := given.keys() - {"mask", "key"} - known.inputs.keys():
             raise TypeError(f"{name}: apply takes no input {min(unknown)!r}.")
+        checks.require_weights(name, given.get("weights"))
+        if hasattr(self, "num_segments"):
+            checks.require_segment_ids(name, given.get("segment_ids"), self.num_segments)
         static = without_initializers(self)
         out = compiled(static, params, state, x, train=train and known.trains, **given)
         if train:

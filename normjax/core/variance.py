@@ -14,6 +14,7 @@ loop that else runs no times sums about the mean, in blocks.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -25,8 +26,8 @@ from jax import lax
 from normjax.core import compat, gpu, groups
 from normjax.core.compat import is_plain
 from normjax.core.cpu import at_front, fence, is_unfenced, sums_of, unfenced
+from normjax.core.segments import Segments, inside, sums
 from normjax.core.sharding import align, spec
-from normjax.core.structs import Mask
 
 SHARE = 64  # the centre is the mean of one in so many positions
 NEAR = 64  # cancellation in the variance costs at most so many roundings
@@ -45,9 +46,21 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(wide(x.dtype))
 
 
-def keep(mask: Mask, x: jax.Array) -> jax.Array:
-    """`x` where `mask` (None: everywhere), else zero; linear in `x` and its own transpose."""
-    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
+def keep(mask: Any, x: jax.Array) -> jax.Array:
+    """`x` where `mask` (None: everywhere), else zero; linear in `x` and its own transpose.
+
+    A mask of floating numbers holds weights, with which `x` is multiplied; it may be `Segments`.
+    """
+    if isinstance(mask, Segments):
+        return keep(mask.weights, inside(mask, x))
+    if mask is None:
+        return x
+    return x * mask if is_weighted(mask) else jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def is_weighted(mask: Any) -> bool:
+    """Whether positions count by the numbers of a floating array."""
+    return mask is not None and jnp.issubdtype(mask.dtype, jnp.floating)
 
 
 def pool(a: jax.Array, channel_groups: int | None) -> jax.Array:
@@ -59,16 +72,22 @@ def pool(a: jax.Array, channel_groups: int | None) -> jax.Array:
     return groups.join(total, a.ndim - 1, like=a)
 
 
-def average(a: jax.Array, mask: Mask, n: jax.Array, how: How) -> jax.Array:
+def average(a: jax.Array, mask: Any, n: jax.Array, how: How) -> jax.Array:
     """Sum of `a` where `mask`, over what `how` says, divided by `n`."""
     axes, channel_groups = how
+    if isinstance(mask, Segments):
+        bare = dataclasses.replace(mask, weights=None)
+        return _average_of(None, keep(mask.weights, a), bare, n, how)
     return pool(jnp.sum(keep(mask, a), axes, keepdims=True), channel_groups) / n
 
 
 def mean_and_variance(
-    x: jax.Array, mask: Mask, n: jax.Array, how: How
+    x: jax.Array, mask: Any, n: jax.Array, how: How
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and population variance of `x`, of which `n` values count; not differentiated."""
+    if isinstance(mask, Segments):
+        mean = _average_of(None, x, mask, n, how)
+        return mean, _average_of(_square, x, mask, n, how, mean)
     if is_plain():
         return _two_passes(x, mask, n, how)
     arrays = (x, n) if mask is None else (x, n, mask)
@@ -86,6 +105,28 @@ def _two_passes(x, mask, n, how):
     valid = () if mask is None else (mask,)
     (square,) = sums_of(_square, axes, *fence(x, mean, *valid))
     return mean, pool(square, channel_groups) / n
+
+
+def mean_square(x: jax.Array, mask: Any, n: jax.Array, how: How) -> jax.Array:
+    """Mean square of `x`, of which `n` values count; not differentiated."""
+    if isinstance(mask, Segments):
+        return _average_of(jnp.square, x, mask, n, how)
+    return average(jnp.square(widen(*fence(x))), mask, n, how)
+
+
+def _average_of(fun, x, segments, n, how, *small):
+    """Average in each segment of `fun(x, *small)`, or of `x`, made as it is read."""
+    axes, channel_groups = how
+    valid = () if segments.weights is None else (segments.weights,)
+
+    def values(x, *rest):
+        weights, small = (rest[0], rest[1:]) if valid else (None, rest)
+        x = widen(x)
+        return (keep(weights, x if fun is None else fun(x, *small)),)
+
+    as_it_is = fun is None and not valid and x.dtype == wide(x.dtype)
+    (total,) = sums(None if as_it_is else values, axes, segments, (x, *valid), small)
+    return pool(total, channel_groups) / n
 
 
 def _on_gpu(x, mask, n, how):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from normjax.core import checks, groups, passes, seam
 from normjax.core.checks import field
-from normjax.core.fields import COUNT, AffineFields, StatisticsFields
+from normjax.core.fields import COUNT, AffineFields, SegmentFields, StatisticsFields
 from normjax.core.method import Traits
 from normjax.core.statistics import Moments
 from normjax.core.structs import AffineParams, Axes, Features, Key, Mask, affine_params
@@ -17,7 +17,7 @@ from normjax.methods import layer
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupNorm(StatisticsFields, AffineFields):
+class GroupNorm(StatisticsFields, AffineFields, SegmentFields):
     """Group normalization: statistics of each sample over a group of channels and all positions.
 
     Wu & He, *Group Normalization*, 2018, equations 1-2 and 7, https://arxiv.org/abs/1803.08494
@@ -33,6 +33,7 @@ class GroupNorm(StatisticsFields, AffineFields):
         bias are those of each channel.
       reduction_axes: axes over which statistics are taken, the last among them; None: all but the
         first.
+      num_segments: as in `LayerNorm`; an axis of positions must be reduced.
       axis_name: mapped axis name(s) over which positions are divided.
       axis_index_groups, activation: as in `LayerNorm`.
 
@@ -46,7 +47,7 @@ class GroupNorm(StatisticsFields, AffineFields):
       (2, 8, 8, 16)
     """
 
-    traits: ClassVar[Traits] = Traits(trains=False)
+    traits: ClassVar[Traits] = Traits(trains=False, inputs=layer.SAMPLES)
 
     num_groups: int | None = field(32, COUNT)
     group_size: int | None = field(None, COUNT)
@@ -77,22 +78,36 @@ class GroupNorm(StatisticsFields, AffineFields):
         sizes = *(shape[i] for i in positions), shape[last] // self._groups(shape[last])
         checks.require_several_values(self, sizes, shape, "take fewer groups, or larger maps")
 
-    def observe(self, x: Any, mask: Mask = None) -> Moments:
+    def observe(
+        self, x: Any, mask: Mask = None, weights: Any = None, segment_ids: Any = None
+    ) -> Moments:
         """Moments of each group; every channel, on the last axis, has those of its group."""
-        x, mask = passes.inputs(self, x, mask)
+        x, mask = passes.inputs(self, x, mask, weights, segment_ids)
         *positions, last = self._reduced(x.shape)
         number = self._groups(x.shape[last])
         return layer.reduce(self, x, tuple(positions), mask, channel_groups=number)
 
     @traced_once
     def apply(
-        self, params: Any, state: Any, x: Any, *, train: bool, mask: Mask = None, key: Key = None
+        self,
+        params: Any,
+        state: Any,
+        x: Any,
+        *,
+        train: bool,
+        mask: Mask = None,
+        weights: Any = None,
+        segment_ids: Any = None,
+        key: Key = None,
     ) -> tuple[jax.Array, Any]:
-        """Normalizes `x`; `train` and `key` change nothing. See `BatchNorm.apply` for `mask`."""
-        x, mask = passes.inputs(self, x, mask)
+        """Normalizes `x`; `train` and `key` change nothing. See `BatchNorm.apply` for the others."""
+        x, mask = passes.inputs(self, x, mask, weights, segment_ids)
         seam.require_variables(self, params, state, x)
         if len(self._reduced(x.shape)) > 1:
             return seam.evaluate(self, params, state, x, mask), state
+        if self.num_segments is not None:
+            given = f"num_segments={self.num_segments} and an input of shape {x.shape}"
+            raise ValueError(f"GroupNorm: {given}: no axis of positions is reduced.")
         # Statistics within a group of a row: those of the group's channels as an axis.
         last = x.ndim - 1
         number = self._groups(x.shape[last])
@@ -123,7 +138,7 @@ class GroupNorm(StatisticsFields, AffineFields):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InstanceNorm(StatisticsFields, AffineFields):
+class InstanceNorm(StatisticsFields, AffineFields, SegmentFields):
     """Instance normalization: statistics of each sample and feature over all positions.
 
     Ulyanov, Vedaldi & Lempitsky, *Instance Normalization*, 2016, equation 3,
@@ -137,6 +152,7 @@ class InstanceNorm(StatisticsFields, AffineFields):
       epsilon: added to the variance, >= 0 (the paper and PyTorch: 1e-5; Flax: 1e-6).
       dtype, param_dtype, use_scale, use_bias, scale_init, bias_init: as in `LayerNorm`.
       feature_axes: axes with statistics, scale and bias of their own.
+      num_segments: as in `LayerNorm`.
       axis_name: mapped axis name(s) over which positions are divided.
       axis_index_groups, activation: as in `LayerNorm`.
 
@@ -150,7 +166,7 @@ class InstanceNorm(StatisticsFields, AffineFields):
       (2, 8, 8, 3)
     """
 
-    traits: ClassVar[Traits] = Traits(trains=False)
+    traits: ClassVar[Traits] = Traits(trains=False, inputs=layer.SAMPLES)
 
     feature_axes: Axes = field(-1, checks.integers)
 
@@ -163,9 +179,11 @@ class InstanceNorm(StatisticsFields, AffineFields):
         sizes = [shape[i] for i in self._positions(shape)]
         checks.require_several_values(self, sizes, shape, "take GroupNorm, or larger maps")
 
-    def observe(self, x: Any, mask: Mask = None) -> Moments:
+    def observe(
+        self, x: Any, mask: Mask = None, weights: Any = None, segment_ids: Any = None
+    ) -> Moments:
         """Moments over positions, which stay as axes of size one."""
-        x, mask = passes.inputs(self, x, mask)
+        x, mask = passes.inputs(self, x, mask, weights, segment_ids)
         return layer.reduce(self, x, self._positions(x.shape), mask)
 
     def _positions(self, shape):
