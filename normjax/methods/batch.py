@@ -74,7 +74,8 @@ def observe(
     if isinstance(mask, Segments):
         if method.axis_name is not None:
             seen = statistics.over_devices(seen, method.axis_name)[0]
-        return Parted(*(jnp.squeeze(a, others) for a in statistics.merge(seen)), seen)
+        count, mean, var = (jnp.squeeze(a, others) for a in statistics.merge(seen))
+        return Parted(count, mean, var, seen)
     seen = Moments(*(jnp.squeeze(a, others) for a in seen))
     if method.axis_name is None:
         return seen

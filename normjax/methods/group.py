@@ -100,7 +100,7 @@ class GroupNorm(StatisticsFields, AffineFields, SegmentFields):
         segment_ids: Any = None,
         key: Key = None,
     ) -> tuple[jax.Array, Any]:
-        """Normalizes `x`; `train` and `key` change nothing. See `BatchNorm.apply` for the others."""
+        """Normalizes `x`; `train` and `key` change nothing. See `BatchNorm.apply` for the rest."""
         x, mask = passes.inputs(self, x, mask, weights, segment_ids)
         seam.require_variables(self, params, state, x)
         if len(self._reduced(x.shape)) > 1:

@@ -36,7 +36,7 @@ def reduce(method: Any, x: Any, axes: Any, mask: Any, **options: Any) -> Moments
     return statistics.over_devices(seen, method.axis_name, method.axis_index_groups)[0]
 
 
-SAMPLES = {"weights": "sample", "segment_ids": "sample"}
+SAMPLES: dict[str, Literal["sample", "whole"]] = {"weights": "sample", "segment_ids": "sample"}
 
 
 def reduction_axes(method: ReductionFields, x: Any) -> tuple[int, ...]:
