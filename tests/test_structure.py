@@ -21,9 +21,9 @@ PACKAGE = ROOT / "normjax"
 LAYERS = [
     ["core.structs", "core.compat"],
     ["core.checks", "core.sharding"],
-    ["core.gpu", "core.groups", "core.segments"],
+    ["core.gpu", "core.groups"],
     ["core.cpu", "core.method", "core.statistics"],
-    ["core.fields", "core.linear", "core.tracing"],
+    ["core.fields", "core.linear", "core.segments", "core.tracing"],
     ["core.variance", "core.roots"],
     ["core.passes", "core.running"],
     ["core.seam"],

@@ -331,6 +331,16 @@ def require_positions(method: Any, reduced: Sequence[int], shape: tuple[int, ...
         raise ValueError(f"{name}: input of shape {shape} has no axis to take statistics over.")
 
 
+def segment_axis(method: Any, axes: Sequence[int], shape: Any) -> int:
+    """The first of the `axes` that are reduced and have no scale; ValueError without any."""
+    if not axes:
+        raise ValueError(
+            f"{type(method).__name__}: num_segments with an input of shape {shape}: segments are "
+            "of the positions of an axis that is reduced and has no scale, and there is none."
+        )
+    return axes[0]
+
+
 def require_several_values(method: Any, sizes: Sequence[int], shape: Any, instead: str) -> None:
     """ValueError if statistics over axes of `sizes` are of single values; `instead`: what to do."""
     if any(n != 1 for n in sizes):  # they may be symbolic; an empty batch has no statistics

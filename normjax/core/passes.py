@@ -59,13 +59,11 @@ def inputs(
     mask: Any,
     weights: Any = None,
     segment_ids: Any = None,
-    *,
-    drop: bool = False,
 ) -> tuple[Any, Any]:
     """`Input`, which is zero where masked: no gradient sees the padding; and how positions count.
 
-    That is None, a mask, weights as a floating array, or `Segments`. The passes over `Segments`
-    take `x` for zero in no segment, which saves one; `drop`: for other passes it is.
+    That is None, a mask, weights as a floating array, or `Segments`: their passes take `x` for zero
+    in no segment, which saves one that makes it so.
     """
     if isinstance(x, Input):  # from an earlier call
         return x, mask
@@ -84,8 +82,7 @@ def inputs(
             ids, valid = jnp.where(valid, ids, number), None
         if weights is None and valid is not None:
             weights = valid.astype(wide(x.dtype))
-        count = Segments(ids, weights, number)
-        valid = keep(valid, ids < number) if drop else valid
+        count = Segments(ids, weights, number, method.segment_axis(x))
     return carried(x if valid is None else _drop(x, valid)), count
 
 
@@ -119,23 +116,20 @@ def moments(
 ) -> Moments:
     """Count, mean and population variance of `x` over `axes`, which stay as size one.
 
-    Where `mask` is False a position does not count; weights count as they are, and `Segments` have
-    moments of each, on an axis in front. `centred=False` gives mean zero and the mean square. With
-    `channel_groups`, statistics are also over each of so many groups of consecutive positions of
-    the last axis, which keeps its size: every position has those of its group.
+    Where `mask` is False a position does not count; weights count as they are, and of `Segments`
+    there are moments of each, on their axis. `centred=False` gives mean zero and the mean square.
+    With `channel_groups`, statistics are also over each of so many groups of consecutive positions
+    of the last axis, which keeps its size: every position has those of its group.
     """
     dtype = wide(x.dtype)
-    kept = x.ndim - 1 if channel_groups else None
-    known = lambda a: [n if i in (*axes, kept) else a.shape[i] for i, n in enumerate(x.shape)]
     if mask is None:
         shape = (1,) * (x.ndim - 1) + (x.shape[-1] if channel_groups else 1,)
         count = jnp.full(shape, math.prod(x.shape[i] for i in axes), dtype)
-    elif isinstance(mask, Segments):
-        ones = jnp.ones((1,) * x.ndim, dtype) if mask.weights is None else mask.weights
-        ones = jnp.broadcast_to(ones, jnp.broadcast_shapes(ones.shape, mask.ids.shape))
-        (count,) = sums(None, axes, mask, [jnp.broadcast_to(ones, known(ones))])
     else:
-        count = jnp.sum(jnp.broadcast_to(mask, known(mask)), axes, dtype=dtype, keepdims=True)
+        of = mask.ids if isinstance(mask, Segments) else mask
+        kept = x.ndim - 1 if channel_groups else None
+        shape = [n if i in (*axes, kept) else of.shape[i] for i, n in enumerate(x.shape)]
+        count = _number(mask, shape, axes, dtype)
     count = pool(count, channel_groups)
     fractions = isinstance(mask, Segments) or is_weighted(mask)
     how, n = (axes, channel_groups), divisor(count) if fractions else jnp.maximum(count, 1)
@@ -145,6 +139,17 @@ def moments(
         var = _mean_square(carried(x), mask, n, how)
         mean = jnp.zeros_like(var)
     return Moments(jnp.broadcast_to(count, mean.shape), *align(mean, var))
+
+
+def _number(mask, shape, axes, dtype):
+    """How many positions of `shape` count, by their weights, over `axes`."""
+    if not isinstance(mask, Segments):
+        return jnp.sum(jnp.broadcast_to(mask, shape), axes, dtype=dtype, keepdims=True)
+    one = jnp.ones((), dtype) if mask.weights is None else mask.weights
+    (count,) = sums(
+        None, axes, mask, [jnp.broadcast_to(one, jnp.broadcast_shapes(one.shape, shape))]
+    )
+    return count
 
 
 def _mean_var_tangent(how, saved, tangents):
@@ -211,29 +216,30 @@ def apply(
     """Applies `normalizer`, whose arrays may have the shape of the axes `features` of `x`.
 
     Computed wide; the output has `dtype`, or that of `x`. A `gate` is an array of the shape of `x`
-    and a function of it, by which the output is multiplied. Mean and inverse may have an axis of
-    segments in front, where `mask` are `Segments`: in none the output is `activation(0)`.
+    and a function of it, by which the output is multiplied. If `mask` are `Segments`, mean and
+    inverse may be theirs; in none the output is `activation(0)`.
     """
     work = wide(x.dtype)
     x = carried(x)
     mean, inverse, scale, bias = (None if a is None else a.astype(work) for a in normalizer)
-    if inverse is not None and inverse.ndim > x.ndim:
-        return _apply_segments(x, mask, (mean, inverse, scale, bias), features, activation, dtype)
     if inverse is not None and scale is not None:
         if inverse.shape == scale.shape and spec(inverse) == spec(scale):
             # Before both get the rank of `x`: reverse mode keeps the factors as it has them.
             inverse, scale = inverse * scale, None
+    segments = mask if isinstance(mask, Segments) else None
+    whole = None if segments is None else segments.axis
     mean, inverse, scale, bias = (
-        None if a is None else place_like(lift(a, features, x.ndim), x.value)
+        None if a is None else place_like(lift(a, features, x.ndim), x.value, whole)
         for a in (mean, inverse, scale, bias)
     )
     if inverse is None:
         inverse, scale = (jnp.ones((1,) * x.ndim, work) if scale is None else scale), None
     learned = [a.shape for a in (scale, bias) if a is not None]
     shape = jnp.broadcast_shapes(inverse.shape, *learned)
-    if gate is None and (shape == inverse.shape or shape != x.shape):
+    if gate is None and (segments or shape == inverse.shape or shape != x.shape):
         gain = inverse if scale is None else inverse * scale
-        return affine(x, mean, gain, bias, activation=activation, dtype=dtype)
+        how: Any = dict(activation=activation, dtype=dtype, segments=segments)
+        return affine(x, mean, gain, bias, **how)
     smaller = jnp.broadcast_shapes((1,) * x.ndim, *learned)
     scale = jnp.ones(smaller, work) if scale is None else scale
     bias = jnp.zeros(smaller, work) if bias is None else bias
@@ -241,15 +247,6 @@ def apply(
         of, how = carried(gate[0]), (activation, gate[1], output_dtype(dtype, x))
         return _gated(x, mean, inverse, scale, bias, of, *how)
     return _rows(x, mean, inverse, scale, bias, activation, output_dtype(dtype, x))
-
-
-def _apply_segments(x, segments, arrays, features, activation, dtype):
-    mean, inverse, scale, bias = arrays
-    scale, bias = (None if a is None else lift(a, features, x.ndim)[None] for a in (scale, bias))
-    gain, none = inverse if scale is None else inverse * scale, jnp.zeros((1,) * (x.ndim + 1))
-    given = (none if a is None else a for a in (mean, gain, bias))
-    mean, gain, bias = (place_like(a.astype(gain.dtype), x.value) for a in given)
-    return _affine(x, mean, gain, bias, segments, activation, output_dtype(dtype, x))
 
 
 def affine(
@@ -260,12 +257,15 @@ def affine(
     *,
     activation: Callable | None = None,
     dtype: Any = None,
+    segments: Segments | None = None,
 ) -> jax.Array:
     """`activation((x - mean) * gain + bias)`; every array has the rank of `x` (None: zero)."""
-    mean, bias = (jnp.zeros_like(gain) if a is None else a for a in (mean, bias))
-    x = carried(x)
-    small = (place_like(a.astype(wide(x.dtype)), x.value) for a in (mean, gain, bias))
-    return _affine(x, *small, None, activation, output_dtype(dtype, x))
+    none = jnp.zeros_like(gain) if segments is None else jnp.zeros((1,) * x.ndim)
+    mean, bias = (none if a is None else a for a in (mean, bias))
+    x, whole = carried(x), None if segments is None else segments.axis
+    small = (place_like(a.astype(wide(x.dtype)), x.value, whole) for a in (mean, gain, bias))
+    mean, gain, bias = small
+    return _affine(x, mean, gain, bias, segments, activation, output_dtype(dtype, x))
 
 
 def lift(a: jax.Array, features: tuple[int, ...], rank: int) -> jax.Array:
@@ -385,11 +385,12 @@ def _segments_transpose(activation, saved, segments, g):
         return inside(segments, before(g, inside(segments, x), *of, zero, activation)[0])
 
     pointwise = activation in (None, *POINTWISE)  # others may mix positions
-    h = g if pointwise else whole(*fence(g, *saved, zero))
+    h = g if pointwise else whole(*fence(g, x, *small, zero))
     values = functools.partial(both, activation if pointwise else None)
-    total, slope = sums(values, _lacking(shape[1:], x.shape), segments, (h, x), small)
-    *arrays, slope = fence(g, *saved, zero, slope, last=True)
-    dx = whole(*arrays) * at(segments, arrays[3])
+    over = set(_lacking(shape, x.shape)) | {segments.axis}
+    total, slope = sums(values, tuple(sorted(over)), segments, (h, x), small)
+    g, x, mean, gain, bias, zero, slope = fence(g, x, *small, zero, slope, last=True)
+    dx = whole(g, x, mean, gain, bias, zero) * at(segments, gain)
     totals = -total * small[1], slope, total
     return dx, *(_sum_to(a, b.shape) for a, b in zip(totals, small, strict=True))
 

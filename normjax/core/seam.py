@@ -6,7 +6,7 @@ import jax
 
 from normjax.core import checks, passes, running
 from normjax.core.fields import RunningFields
-from normjax.core.method import feature_positions, traits
+from normjax.core.method import feature_positions
 from normjax.core.structs import Key, Mask
 from normjax.core.tracing import traced_once
 
@@ -44,8 +44,7 @@ def apply(
       key: draws random numbers in training, where the method is random.
       **inputs: further inputs, by the names in the method's traits.
     """
-    drop = traits(self).trains and not train
-    x, mask = passes.inputs(self, x, mask, weights, segment_ids, drop=drop)
+    x, mask = passes.inputs(self, x, mask, weights, segment_ids)
     if not train:
         return evaluate(self, params, state, x, mask, **inputs), state
     at = require_variables(self, params, state, x)

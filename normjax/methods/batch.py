@@ -74,7 +74,8 @@ def observe(
     if isinstance(mask, Segments):
         if method.axis_name is not None:
             seen = statistics.over_devices(seen, method.axis_name)[0]
-        count, mean, var = (jnp.squeeze(a, others) for a in statistics.merge(seen))
+        merged = (jnp.expand_dims(a, mask.axis) for a in statistics.merge(seen, mask.axis))
+        count, mean, var = (jnp.squeeze(a, others) for a in merged)
         return Parted(count, mean, var, seen)
     seen = Moments(*(jnp.squeeze(a, others) for a in seen))
     if method.axis_name is None:
@@ -170,6 +171,10 @@ class BatchNorm(BatchFields, SegmentFields):
                 f"{type(self).__name__}: num_segments={self.num_segments} with axis_index_groups: "
                 "segments have statistics of all devices. Give an id to those of each group."
             )
+
+    def segment_axis(self, x: Any) -> int:
+        """The axis of `x` along which the statistics of segments lie."""
+        return checks.segment_axis(self, positions(self, x.shape), x.shape)
 
     def coefficients(
         self, params: AffineParams, state: Running, seen: Any, *, key: Key = None

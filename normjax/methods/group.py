@@ -105,9 +105,6 @@ class GroupNorm(StatisticsFields, AffineFields, SegmentFields):
         seam.require_variables(self, params, state, x)
         if len(self._reduced(x.shape)) > 1:
             return seam.evaluate(self, params, state, x, mask), state
-        if self.num_segments is not None:
-            given = f"num_segments={self.num_segments} and an input of shape {x.shape}"
-            raise ValueError(f"GroupNorm: {given}: no axis of positions is reduced.")
         # Statistics within a group of a row: those of the group's channels as an axis.
         last = x.ndim - 1
         number = self._groups(x.shape[last])
@@ -118,6 +115,10 @@ class GroupNorm(StatisticsFields, AffineFields, SegmentFields):
         n = self.coefficients(small, state, layer.reduce(self, parts, (last + 1,), mask))
         y = passes.apply(parts, n, (last, last + 1), activation=self.activation, dtype=self.dtype)
         return groups.join(y, last, like=passes.value(x)), state
+
+    def segment_axis(self, x: Any) -> int:
+        """The axis of `x` along which the statistics of segments lie."""
+        return checks.segment_axis(self, self._reduced(x.shape)[:-1], x.shape)
 
     def _reduced(self, shape):
         reduced, last = self.reduction_axes, len(shape) - 1
@@ -185,6 +186,10 @@ class InstanceNorm(StatisticsFields, AffineFields, SegmentFields):
         """Moments over positions, which stay as axes of size one."""
         x, mask = passes.inputs(self, x, mask, weights, segment_ids)
         return layer.reduce(self, x, self._positions(x.shape), mask)
+
+    def segment_axis(self, x: Any) -> int:
+        """The axis of `x` along which the statistics of segments lie."""
+        return checks.segment_axis(self, self._positions(x.shape), x.shape)
 
     def _positions(self, shape):
         at = checks.as_axes("InstanceNorm", "feature_axes", self.feature_axes, shape)

@@ -16,7 +16,7 @@ from normjax.core.fields import (
     ScaleFields,
     SegmentFields,
 )
-from normjax.core.method import Normalizer, Traits
+from normjax.core.method import Normalizer, Traits, feature_positions
 from normjax.core.statistics import Moments
 from normjax.core.structs import AffineParams, Axes, Features, Key, Mask, affine_params, several
 from normjax.core.tracing import traced_once
@@ -115,14 +115,19 @@ class RowFields(ReductionFields, ScaleFields, SegmentFields):
     ) -> Moments:
         """Moments over the reduced axes, which stay as size one; of groups, for every feature.
 
-        Those of `RMSNorm` are mean squares, as variances about zero. Those of segments have an axis
-        of these in front.
+        Those of `RMSNorm` are mean squares, as variances about zero. Those of segments lie on the
+        first reduced axis that has no scale.
         """
         x, mask = passes.inputs(self, x, mask, weights, segment_ids)
         axes, how = reduction_axes(self, x), dict[str, Any](centred=self.centred)
         if self.num_groups > 1:
             axes, how["channel_groups"] = (), self._groups(x.shape)
         return reduce(self, x, axes, mask, **how)
+
+    def segment_axis(self, x: Any) -> int:
+        """The axis of `x` along which the statistics of segments lie."""
+        at, axes = feature_positions(self, x.shape), reduction_axes(self, x)
+        return checks.segment_axis(self, [i for i in axes if i not in at], x.shape)
 
     def coefficients(
         self, params: AffineParams, state: tuple[()], seen: Moments, *, key: Key = None
