@@ -274,7 +274,9 @@ def as_segment_ids(
     require_segment_ids(name, value, number)
     if value is None or number is None:
         return None
-    value = _of_rank(name, "segment_ids", "Ids", jnp.asarray(value), shape)
+    value = jnp.asarray(value)
+    value = value.astype(jnp.int32) if value.dtype.itemsize < 4 else value
+    value = _of_rank(name, "segment_ids", "Ids", value, shape)
     return jnp.where((value >= 0) & (value < number), value, number).astype(jnp.int32)
 
 
@@ -298,10 +300,9 @@ def require_segment_ids(name: str, value: Any, number: int | None) -> None:
 
 
 def _all(value, holds):
-    """Whether `holds` of all numbers, as far as they are known."""
-    if is_traced(value) or not getattr(value, "is_fully_addressable", True):
-        return True
-    return bool(jnp.all(holds(jnp.asarray(value))))
+    """Whether `holds` of all numbers, as far as they are known here."""
+    known = not is_traced(value) and getattr(value, "is_fully_addressable", True)
+    return not known or bool(np.all(holds(np.asarray(value))))
 
 
 def require_features(name: str, field: str, at: Any, shape: Any, arrays: Sequence[Any]) -> None:

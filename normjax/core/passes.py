@@ -367,9 +367,9 @@ def _totals(values, activation, shape, *arrays):
 
 
 def _segments_transpose(activation, saved, segments, g):
-    x, *small = saved
-    shape = jnp.broadcast_shapes(*(a.shape for a in small))
-    zero = jnp.zeros((1,) * x.ndim, small[1].dtype)
+    x, mean, gain, bias = saved
+    small, shape = saved[1:], jnp.broadcast_shapes(mean.shape, gain.shape, bias.shape)
+    zero = jnp.zeros((1,) * x.ndim, gain.dtype)
 
     def before(h, x, mean, gain, bias, zero, activation):
         """Cotangent before the activation, and the centred input."""
@@ -381,17 +381,21 @@ def _segments_transpose(activation, saved, segments, g):
         return h, h * centred
 
     def whole(g, x, mean, gain, bias, zero):
-        of = (at(segments, a) for a in (mean, gain, bias))
-        return inside(segments, before(g, inside(segments, x), *of, zero, activation)[0])
+        mean, gain, bias = (at(segments, a) for a in (mean, gain, bias))
+        x = inside(segments, x)
+        return inside(segments, before(g, x, mean, gain, bias, zero, activation)[0])
 
     pointwise = activation in (None, *POINTWISE)  # others may mix positions
-    h = g if pointwise else whole(*fence(g, x, *small, zero))
+    if pointwise:
+        h = g
+    else:
+        h = whole(*fence(g, x, mean, gain, bias, zero))
     values = functools.partial(both, activation if pointwise else None)
     over = set(_lacking(shape, x.shape)) | {segments.axis}
     total, slope = sums(values, tuple(sorted(over)), segments, (h, x), small)
-    g, x, mean, gain, bias, zero, slope = fence(g, x, *small, zero, slope, last=True)
-    dx = whole(g, x, mean, gain, bias, zero) * at(segments, gain)
-    totals = -total * small[1], slope, total
+    *arrays, slope = fence(g, x, mean, gain, bias, zero, slope, last=True)
+    dx = whole(*arrays) * at(segments, arrays[3])
+    totals = -total * gain, slope, total
     return dx, *(_sum_to(a, b.shape) for a, b in zip(totals, small, strict=True))
 
 

@@ -26,7 +26,9 @@ from normjax.core.compat import is_plain
 from normjax.core.cpu import at_front
 from normjax.core.sharding import align, place, spec
 
-BLOCK = 1 << 14  # numbers of an array in a block
+BLOCK = 1 << 15  # numbers of an array in a block
+PARTS = 64  # of the positions that have sums of their own at most, or long sums would round much
+SPARSE = 16  # positions of a part for each number that it sums up to
 
 
 @functools.partial(
@@ -102,7 +104,8 @@ def _chosen(ids, number, dtype):
     """One where a position is in a segment, else zero, without axes of size one; and its axes."""
     along = [i for i, n in enumerate(ids.shape) if n != 1]
     ids = jnp.squeeze(ids, tuple(i for i in range(ids.ndim) if i not in along))
-    ones = ids[..., None] == jnp.arange(number, dtype=ids.dtype)
+    every = jnp.arange(number, dtype=ids.dtype).reshape(*(1,) * ids.ndim, number)
+    ones = ids[..., None] == every
     return ones.astype(dtype), (*along, -1)
 
 
@@ -179,23 +182,30 @@ def _by_blocks(ids, *arrays, axes, fun, wides, number, axis):
     spread = lambda a: [places[i] if i in along else n for i, n in enumerate(a.shape)]
     tables = [_flat(jnp.broadcast_to(a, spread(a)), ids, axis) for a in arrays[wides:]]
 
-    def add(totals, index, *wide):
+    def add(totals, index, behind, *wide):
         if fun is not None:
             valid = jnp.expand_dims(index <= last, tuple(range(1, len(rest) + 1)))
             near = jnp.minimum(index, last)
             small = (a.at[near].get(mode="promise_in_bounds") for a in tables)
             wide = fun(*(jnp.where(valid, a, jnp.zeros((), a.dtype)) for a in wide), *small)
         values = (jnp.sum(a, over, keepdims=True) if over else a for a in wide)
-        return [t.at[index].add(a, mode="drop") for t, a in zip(totals, values, strict=True)]
+        where = jnp.where(index <= last, index + behind, size)
+        return [t.at[where].add(a, mode="drop") for t, a in zip(totals, values, strict=True)]
 
     like = jax.eval_shape(functools.partial(_values, **static), ids, *arrays)
-    zeros = [jnp.zeros((last + 1, *(shape(a.shape)[i] for i in rest)), a.dtype) for a in like]
-    blocked = [_rows(ids, number, axis, places), *wide]
+    parts = max(1, min(PARTS, ids.size // (SPARSE * (last + 1))))
+    size = parts * (last + 1)
+    zeros = [jnp.zeros((size, *(shape(a.shape)[i] for i in rest)), a.dtype) for a in like]
+    index = _rows(ids, number, axis, places)
+    behind = lax.iota(jnp.int32, ids.size) // -(-ids.size // parts) * (last + 1)
+    # Behind the barrier XLA sees rows, and does not copy an activation to make them.
+    blocked = lax.optimization_barrier([index, behind, *wide])
     totals = [align(a, ids, *arrays)[0] for a in zeros]
     totals = _in_blocks(add, totals, blocked, BLOCK if fun else None)
     back = np.argsort(order).tolist()
+    together = (jnp.sum(a.reshape(parts, last + 1, *a.shape[1:]), 0) for a in totals)
     split = lambda a, sizes: a.reshape([sizes[i] for i in order]).transpose(back)
-    return [split(a, shape(b.shape)) for a, b in zip(totals, like, strict=True)]
+    return [split(a, shape(b.shape)) for a, b in zip(together, like, strict=True)]
 
 
 def _wide_rows(a, ids, axis):

@@ -77,7 +77,7 @@ def average(a: jax.Array, mask: Any, n: jax.Array, how: How) -> jax.Array:
     axes, channel_groups = how
     if isinstance(mask, Segments):
         bare = dataclasses.replace(mask, weights=None)
-        return _average_of(None, keep(mask.weights, a), bare, n, how)
+        return _averages(None, keep(mask.weights, a), bare, n, how)[0]
     return pool(jnp.sum(keep(mask, a), axes, keepdims=True), channel_groups) / n
 
 
@@ -86,8 +86,7 @@ def mean_and_variance(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and population variance of `x`, of which `n` values count; not differentiated."""
     if isinstance(mask, Segments):
-        mean = _average_of(None, x, mask, n, how)
-        return mean, _average_of(_square, x, mask, n, how, mean)
+        return _of_segments(x, mask, n, how)
     if is_plain():
         return _two_passes(x, mask, n, how)
     arrays = (x, n) if mask is None else (x, n, mask)
@@ -110,23 +109,31 @@ def _two_passes(x, mask, n, how):
 def mean_square(x: jax.Array, mask: Any, n: jax.Array, how: How) -> jax.Array:
     """Mean square of `x`, of which `n` values count; not differentiated."""
     if isinstance(mask, Segments):
-        return _average_of(jnp.square, x, mask, n, how)
+        return _averages(lambda x: (jnp.square(x),), x, mask, n, how)[0]
     return average(jnp.square(widen(*fence(x))), mask, n, how)
 
 
-def _average_of(fun, x, segments, n, how, *small):
-    """Average in each segment of `fun(x, *small)`, or of `x`, made as it is read."""
+def _of_segments(x, segments, n, how):
+    """The second pass corrects the mean: sums in blocks round long segments more than others."""
+    (mean,) = _averages(None, x, segments, n, how)
+    both = lambda x, mean: (x - mean, jnp.square(x - mean))
+    gap, square = _averages(both, x, segments, n, how, mean)
+    return mean + gap, jnp.maximum(square - jnp.square(gap), 0)
+
+
+def _averages(fun, x, segments, n, how, *small):
+    """Averages in each segment of what `fun(x, *small)` gives, or of `x`, made as it is read."""
     axes, channel_groups = how
     valid = () if segments.weights is None else (segments.weights,)
 
     def values(x, *rest):
         weights, small = (rest[0], rest[1:]) if valid else (None, rest)
         x = widen(x)
-        return (keep(weights, x if fun is None else fun(x, *small)),)
+        return tuple(keep(weights, a) for a in ((x,) if fun is None else fun(x, *small)))
 
     as_it_is = fun is None and not valid and x.dtype == wide(x.dtype)
-    (total,) = sums(None if as_it_is else values, axes, segments, (x, *valid), small)
-    return pool(total, channel_groups) / n
+    totals = sums(None if as_it_is else values, axes, segments, (x, *valid), small)
+    return [pool(a, channel_groups) / n for a in totals]
 
 
 def _on_gpu(x, mask, n, how):

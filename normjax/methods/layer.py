@@ -170,11 +170,13 @@ class RowFields(ReductionFields, ScaleFields, SegmentFields):
 
 
 @traced_once
-def _apply(self, params, state, x, *, train, mask=None, weights=None, key=None, gate=None):
-    """`apply` with all options but segments. Reverse mode keeps `x` and the gate."""
-    if self.num_segments is not None:
-        raise ValueError(f"{type(self).__name__}: num_segments={self.num_segments} with a gate.")
-    x, mask = passes.inputs(self, x, mask, weights)
+def _apply(
+    self, params, state, x, *, train, mask=None, weights=None, segment_ids=None, key=None, gate=None
+):
+    """`apply` with all options, of which segments go with no other. Keeps `x` and the gate."""
+    if segment_ids is not None:
+        raise ValueError(f"{type(self).__name__}: segment_ids with a gate.")
+    x, mask = passes.inputs(self, x, mask, weights, segment_ids)
     at, axes = seam.require_variables(self, params, state, x), reduction_axes(self, x)
     if gate is not None:
         valid = mask > 0 if is_weighted(mask) else mask
