@@ -366,7 +366,11 @@ def test_what_takes_no_segments_says_so():
         (nj.LayerNorm, dict(num_groups=2), "needs num_groups=1"),
         (nj.RMSNorm, dict(cast="before_scale"), "cast='output'"),
         (nj.BatchNorm, dict(axis_name="d", axis_index_groups=((0,), (1,))), "axis_index_groups"),
-        (nj.InstanceNorm, dict(num_segments=0), "num_segments=0 is not None, and is not a positive integer"),
+        (
+            nj.InstanceNorm,
+            dict(num_segments=0),
+            "num_segments=0 is not None, and is not a positive integer",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             make(**dict(num_segments=2) | how)

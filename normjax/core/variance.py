@@ -144,6 +144,8 @@ def _on_gpu(x, mask, n, how):
 
 
 def _on_tpu(x, mask, n, how, alone=True):
+    if is_weighted(mask):
+        return _two_passes(x, mask, n, how)
     # A loop has x written for it; and devices that divide the samples must agree to run it.
     no_loop = _is_rows(x, how) or not (alone or 0 in how[0])
     return _about_share(x, n, how) if no_loop and mask is None else _about_zero(x, mask, n, how)
