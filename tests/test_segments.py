@@ -221,6 +221,14 @@ def test_each_segment_at_an_offset_of_its_own(schedule, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("length", (1024, 32768))
+def test_a_long_segment_far_from_zero(length):
+    x = np.float32(draw(0, length, 4) + 1e4)
+    ids = jnp.zeros((length, 1), jnp.int32)
+    seen = jax.jit(nj.BatchNorm(num_segments=1).observe)(x, segment_ids=ids)
+    np.testing.assert_allclose(seen.var, np.float64(x).var(0), rtol=3e-6)
+
+
 def over_devices(method, params, state, x, ids, g, kind):
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(kind,))
     with jax.set_mesh(mesh):

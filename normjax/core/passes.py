@@ -377,7 +377,8 @@ def _segments_transpose(activation, saved, segments, g):
         return activation_cotangent(activation, centred * gain + bias, widen(h), zero), centred
 
     def both(activation, h, x, mean, gain, bias):
-        h, centred = before(h, x, mean, gain, bias, jnp.zeros((), gain.dtype), activation)
+        zero = jnp.zeros((1,) * x.ndim, gain.dtype)
+        h, centred = before(h, x, mean, gain, bias, zero, activation)
         return h, h * centred
 
     def whole(g, x, mean, gain, bias, zero):
