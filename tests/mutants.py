@@ -75,32 +75,32 @@ OF_PASSES = {
     ),
     "inputs not masked": Mutant(
         PASSES,
-        "return carried(x if mask is None else _drop(x, mask)), mask",
-        "return carried(x), mask",
+        "return carried(x if valid is None else _drop(x, valid)), count",
+        "return carried(x), count",
         contract("BatchNorm-masks"),
     ),
     "transpose of the moments doubled": Mutant(
         PASSES,
-        "keep(mask, (widen(x) - mean) * slope + shift)",
-        "keep(mask, 2 * ((widen(x) - mean) * slope + shift))",
+        "keep(mask, _centre(x, mean, mask) * at(mask, slope) + at(mask, shift))",
+        "keep(mask, 2 * (_centre(x, mean, mask) * at(mask, slope) + at(mask, shift)))",
         adjoint("moments"),
     ),
     "transpose of the moments without the mean's": Mutant(
         PASSES,
-        "keep(mask, (widen(x) - mean) * slope + shift)",
-        "keep(mask, (widen(x) - mean) * slope)",
+        "keep(mask, _centre(x, mean, mask) * at(mask, slope) + at(mask, shift))",
+        "keep(mask, _centre(x, mean, mask) * at(mask, slope))",
         adjoint("moments"),
     ),
     "transpose of the mean square dropped": Mutant(
         PASSES,
-        "keep(mask, widen(x) * slope)",
-        "keep(mask, 0 * widen(x) * slope)",
+        "keep(mask, _centre(x, None, mask) * at(mask, slope))",
+        "keep(mask, 0 * _centre(x, None, mask) * at(mask, slope))",
         adjoint("moments, mean square"),
     ),
     "cotangent of the moments not masked": Mutant(
         PASSES,
-        "return (keep(mask, (widen(x) - mean) * slope + shift),)",
-        "return ((widen(x) - mean) * slope + shift,)",
+        "return (keep(mask, _centre(x, mean, mask) * at(mask, slope) + at(mask, shift)),)",
+        "return (_centre(x, mean, mask) * at(mask, slope) + at(mask, shift),)",
         adjoint("moments, mask"),
     ),
     "tangent of the variance not doubled": Mutant(
@@ -108,8 +108,8 @@ OF_PASSES = {
     ),
     "cotangent of the mean square not masked": Mutant(
         PASSES,
-        "return (keep(mask, widen(x) * slope),)",
-        "return (widen(x) * slope,)",
+        "return (keep(mask, _centre(x, None, mask) * at(mask, slope)),)",
+        "return (_centre(x, None, mask) * at(mask, slope),)",
         adjoint("moments, masked mean square"),
     ),
     "tangent of the mean dropped": Mutant(
@@ -132,8 +132,8 @@ OF_PASSES = {
     ),
     "count ignores the mask": Mutant(
         PASSES,
-        "count = jnp.sum(jnp.broadcast_to(mask, shape),",
-        "count = jnp.sum(jnp.ones(shape, bool),",
+        "return jnp.sum(jnp.broadcast_to(mask, shape),",
+        "return jnp.sum(jnp.ones(shape, bool),",
         contract("BatchNorm-masks"),
     ),
     "sums not over the group of channels": Mutant(
@@ -984,7 +984,7 @@ OF_THE_SEAM = {
     ),
     "a gate that is not masked": Mutant(
         LAYER,
-        "gate, _ = passes.inputs(self, _as_gate(self, gate, x), mask)",
+        "gate, _ = passes.inputs(self, _as_gate(self, gate, x), valid)",
         "gate, _ = passes.inputs(self, _as_gate(self, gate, x), None)",
         some("methods/test_rows.py", "masked_positions"),
     ),

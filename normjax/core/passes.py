@@ -379,7 +379,7 @@ def _segments_transpose(activation, saved, segments, g):
     def both(activation, h, x, mean, gain, bias):
         zero = jnp.zeros((1,) * x.ndim, gain.dtype)
         h, centred = before(h, x, mean, gain, bias, zero, activation)
-        return h, h * centred
+        return h, centred * h
 
     def whole(g, x, mean, gain, bias, zero):
         mean, gain, bias = (at(segments, a) for a in (mean, gain, bias))
