@@ -1118,13 +1118,13 @@ OF_SEGMENTS = {
         SEGMENTS,
         "parts = max(1, min(PARTS, ids.size // (SPARSE * (last + 1))))",
         "parts = 1",
-        some("test_segments.py", "a_long_segment"),
+        some("test_segments.py", "long_segments"),
     ),
     "the mean of segments not corrected": Mutant(
         VARIANCE,
         "return mean + gap, jnp.maximum(square - jnp.square(gap), 0)",
         "return mean, square",
-        some("test_segments.py", "a_long_segment"),
+        some("test_segments.py", "long_segments"),
     ),
     "padding read as a segment": Mutant(
         SEGMENTS,

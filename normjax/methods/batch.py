@@ -66,7 +66,8 @@ def observe(
     """Moments of each feature over batch, positions and devices, [features].
 
     With `axis_index_groups` they are those of the group of this device, and `parts` has those of
-    every group. With `segment_ids` `parts` has those of every segment.
+    every group. With `segment_ids` `parts` has those of every segment, along the first axis that is
+    reduced; other reduced axes stay as size one.
     """
     x, mask = passes.inputs(method, x, mask, weights, segment_ids)
     others = positions(method, x.shape)
