@@ -234,6 +234,14 @@ def test_parts_of_a_batch_have_weights_of_their_own():
     chex.assert_trees_all_close(seen, nj.BatchNorm().observe(x, weights=weights), **EXACT)
 
 
+def test_a_part_whose_weights_are_zero_does_not_count():
+    ghost = nj.Ghost(nj.BatchNorm(), groups=2)
+    params, state = ghost.init(None, 4)
+    x, mask = jnp.asarray(draw(0, *SHAPE)), jnp.arange(8).reshape(8, 1, 1) < 4
+    run = lambda **given: ghost.apply(params, state, x, train=True, **given)
+    chex.assert_trees_all_close(run(weights=mask * 2.0), run(mask=mask), **EXACT)
+
+
 def test_modules_observe_with_weights():
     x, weights = np.float32(draw(0, 8, 4)), np.arange(8.0, dtype=np.float32).reshape(8, 1)
     wanted = nj.BatchNorm().observe(x, weights=weights)

@@ -260,8 +260,8 @@ def affine(
     segments: Segments | None = None,
 ) -> jax.Array:
     """`activation((x - mean) * gain + bias)`; every array has the rank of `x` (None: zero)."""
-    none = jnp.zeros_like(gain) if segments is None else jnp.zeros((1,) * x.ndim)
-    mean, bias = (none if a is None else a for a in (mean, bias))
+    zeros = lambda: jnp.zeros_like(gain) if segments is None else jnp.zeros((1,) * x.ndim)
+    mean, bias = (zeros() if a is None else a for a in (mean, bias))
     x, whole = carried(x), None if segments is None else segments.axis
     small = (place_like(a.astype(wide(x.dtype)), x.value, whole) for a in (mean, gain, bias))
     mean, gain, bias = small

@@ -186,6 +186,9 @@ def _apply_to_parts(method, number, by, params, state, x, mask, key, **inputs):
 
     y, new = jax.vmap(run)(divided, each, keys)
     filled = jnp.ones(here, bool) if mask is None else jnp.any(divided[1], range(1, x.ndim + 1))
+    if "weights" in samples:
+        counts = divided[2]["weights"] > 0
+        filled &= jnp.any(counts, range(1, counts.ndim))
     if by == "first":
         filled = filled & (jnp.arange(here, dtype=jnp.int32) + first == 0)
     filled, _ = align(filled, x)

@@ -165,6 +165,14 @@ class InstanceNorm(StatisticsFields, AffineFields, SegmentFields):
       >>> method, x = nj.InstanceNorm(), jax.numpy.ones((2, 8, 8, 3))
       >>> method.apply(*method.init(None, 3), x, train=True)[0].shape
       (2, 8, 8, 3)
+
+      Two documents in a row of six tokens, the last of which is padding:
+
+      >>> method, x = nj.InstanceNorm(num_segments=2), jax.numpy.arange(18.0).reshape(1, 6, 3)
+      >>> ids = jax.numpy.array([0, 0, 0, 1, 1, -1]).reshape(1, 6, 1)
+      >>> y, _ = method.apply(*method.init(None, 3), x, train=True, segment_ids=ids)
+      >>> method.observe(x, segment_ids=ids).mean[0, :, 0].tolist()
+      [3.0, 10.5]
     """
 
     traits: ClassVar[Traits] = Traits(trains=False, inputs=layer.SAMPLES)
