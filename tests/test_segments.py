@@ -16,9 +16,12 @@ from jax.sharding import PartitionSpec as P
 import normjax as nj
 import normjax.linen
 import normjax.nnx
-from normjax.core import segments
+from normjax.core import compat, segments
 from normjax.testing import derivative_gaps, residual_bytes
 
+PRIMITIVES = pytest.mark.skipif(
+    compat.PLAIN or not compat.HAS_PRIMITIVES, reason="products stand for blocks"
+)
 EXACT = dict(rtol=1e-10, atol=1e-10)
 SHAPE, NUMBER = (8, 12, 4), 6
 # Each with the axes along which ids vary. One segment is always empty, and one has one position.
@@ -185,6 +188,7 @@ def test_an_activation_inside(activation):
     assert got[1][0] < 1e-11 and got[1][1] < 1e-6
 
 
+@PRIMITIVES
 @pytest.mark.parametrize("size", (1, 20, 1 << 20))
 @pytest.mark.parametrize("name", METHODS_FEW)
 def test_blocks_and_products_are_alike(name, size, monkeypatch):
@@ -221,6 +225,7 @@ def test_each_segment_at_an_offset_of_its_own(schedule, monkeypatch):
     jax.clear_caches()
 
 
+@PRIMITIVES
 @pytest.mark.parametrize("number", (1, 64))
 def test_long_segments_far_from_zero(number):
     x = np.float32(draw(0, 32768, 4) + 1e4)
@@ -318,6 +323,7 @@ def test_ids_of_any_integer_dtype(dtype):
     chex.assert_trees_all_equal(run(ids.astype(dtype)), run(jnp.asarray(ids)))
 
 
+@PRIMITIVES
 def test_reverse_mode_keeps_the_input_and_the_ids():
     method = nj.BatchNorm(num_segments=4, activation=jax.nn.relu)
     params, state = method.init(None, 16)

@@ -403,7 +403,7 @@ def _segments_transpose(activation, saved, segments, g):
 def _affine(x, mean, gain, bias, segments, activation, dtype):
     x, mean, gain, bias = fence(x, mean, gain, bias)
     mean, gain, bias = (at(segments, a) for a in (mean, gain, bias))
-    z = inside(segments, (widen(x) - mean) * gain + bias)
+    z = inside(segments, (_centre(x, None, segments) - mean) * gain + bias)
     return activate(activation, z).astype(dtype)
 
 

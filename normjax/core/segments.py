@@ -27,8 +27,8 @@ from normjax.core.cpu import at_front
 from normjax.core.sharding import align, place, spec
 
 BLOCK = 1 << 15  # numbers of an array in a block
-PARTS = 64  # of the positions that have sums of their own at most, or long sums would round much
-SPARSE = 16  # positions of a part for each number that it sums up to
+PARTS = 16  # of the positions that have sums of their own at most, or long sums would round much
+SPARSE = 64  # positions of a part for each number that it sums up to
 
 
 @functools.partial(
