@@ -101,12 +101,12 @@ def _float64():
         yield
 
 
-@pytest.mark.parametrize("padding", ("none", "ids", "mask", "mask of values"))
-@pytest.mark.parametrize("name", METHODS)
+PADDED = [(name, padding) for name in METHODS_FEW for padding in ("ids", "mask", "mask of values")]
+
+
+@pytest.mark.parametrize(("name", "padding"), [(name, "none") for name in METHODS] + PADDED)
 def test_a_loop_over_segments(name, padding):
     method, axes = METHODS[name]
-    if padding != "none" and name not in METHODS_FEW:
-        pytest.skip("once for each method")
     params, state = variables(method)
     ids, mask = draw_ids(axes), np.ones((), bool)
     x, g = draw(2, *SHAPE), draw(3, *SHAPE)
