@@ -127,6 +127,18 @@ def guarantee_rows(results):
         yield row["case"], row["measure"], *(guarantees.text(row[k]) for k in ("flax", "normjax"))
 
 
+def segment_rows(results):
+    """Times with segments, relative to those without."""
+    yield "method", "shape", "dtype", "ms without", "packed", "ids in any order"
+    for row in results["rows"]:
+        times = (
+            f"{row[f'{order}_ratio']:.2f} ({row[f'{order}_low']:.2f} to {row[f'{order}_high']:.2f})"
+            for order in ("packed", "any")
+        )
+        shape = "x".join(map(str, row["shape"]))
+        yield row["method"], shape, row["dtype"], f"{row['plain_ms']:.2f}", *times
+
+
 def medians(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
     """Medians over the shapes of the numbers of `benchmarks.speed`, by method and dtype."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -417,6 +429,7 @@ TABLES: dict[str, Table] = {
             }
         ),
     ),
+    "segments": Table(("segments/segments.json",), segment_rows),
     "spectral": Table(("spectral/spectral.json",), spectral_rows),
     "ghost-noise": Table(GHOST_FILES, ghost_noise_rows),
     "kalman": Table(("kalman/two.json",), kalman_rows),
