@@ -57,6 +57,18 @@ CASES = {
     "BatchNorm(axis=1, activation=relu)": ("channels first",),
     "BatchNorm(running_average='debiased', unbiased_running_var=True)": ("images",),
     "BatchRenorm(r_max=1.5, d_max=0.5)": ("images",),
+    "ClassAffine(num_classes=3)": ("images",),
+    "ConditionalAffine(condition_features=5)": ("images",),
+    "Conditioned(method=InstanceNorm(), affine=ClassAffine(num_classes=3))": ("images",),
+    "ConditionalBatchNorm(num_classes=3)": ("images", "images, masked"),
+    "ConditionalGroupNorm(num_groups=4, num_classes=3)": ("images",),
+    "AdaptiveLayerNorm(condition_features=5)": ("images", "rows"),
+    "SandwichBatchNorm(num_classes=3)": ("images",),
+    "MultiStats(method=BatchNorm(), num_branches=2)": ("images",),
+    "AuxBatchNorm": ("images",),
+    "SandwichAuxBatchNorm": ("images",),
+    "AdaptiveInstanceNorm": ("images",),
+    "SandwichAdaptiveInstanceNorm": ("images",),
     "Ghost(BatchNorm(), groups=4)": ("images",),
     "GhostBatchNorm(ghost_batch_size=4)": ("images",),
     "ExclusiveBatchNorm": ("images",),
@@ -254,7 +266,8 @@ def _step(method):
     """A training step: output, new state, and gradients, as a function of `_inputs`."""
 
     def step(given):
-        more = {name: given[name] for name in ("mask", "key", "prior") if name in given}
+        names = "mask", "key", "prior", "condition", "branch", "style"
+        more = {name: given[name] for name in names if name in given}
 
         def output(params, x):
             y, new = method.apply(params, given["state"], x, train=True, **more)
@@ -291,6 +304,17 @@ def _inputs(method, kind, shape, dtype):
             mean, var = draw.standard_normal(features), draw.uniform(0.5, 2, features)
             prior = nj.propagate.prediction(*(jnp.asarray(a, jnp.float32) for a in (mean, var)))
             given["prior"] = jax.tree.map(np.asarray, prior)
+        if "condition" in traits(method).inputs:
+            of = getattr(method, "affine", method)
+            if number := getattr(of, "num_classes", None):
+                given["condition"] = np.arange(shape[0], dtype=np.int32) % number
+            else:
+                vectors = draw.standard_normal((shape[0], of.condition_features))
+                given["condition"] = vectors.astype(np.float32)
+        if "branch" in traits(method).inputs:
+            given["branch"] = np.int32(1)
+        if "style" in traits(method).inputs:
+            given["style"] = draw.standard_normal(shape).astype(np.float32)
     return given
 
 

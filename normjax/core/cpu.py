@@ -167,7 +167,8 @@ def _sum_jointly(*arrays, fun, axes, shape, start, stop, terms):
         sizes = *shape[:start], each, *(1,) * (stop - start - 1), *shape[stop:]
         return [jnp.sum(a.reshape(sizes), axes, keepdims=True) for a in parts]
 
-    most = [divide(a, number=terms, within=(0, positions - rest)) for a in arrays]
+    all_but_rest = (0, positions - rest) if rest else None
+    most = [divide(a, number=terms, within=all_but_rest) for a in arrays]
     sums = total(lax.optimization_barrier(most), positions // terms)
     if not rest:
         return sums

@@ -168,7 +168,8 @@ def _by_product(ids, *arrays, axes, **static):
 
 def _by_blocks(ids, *arrays, axes, fun, wides, number, axis):
     static: Any = dict(fun=fun, wides=wides, number=number, axis=axis)
-    if not all(isinstance(n, int) for a in (ids, *arrays) for n in a.shape):  # exported families
+    usual = lambda n: isinstance(n, int) and n > 0  # neither an exported family, nor empty
+    if not all(usual(n) for a in (ids, *arrays) for n in a.shape):
         return _by_product(ids, *arrays, axes=axes, **static)
     length = max(a.shape[axis] for a in (ids, *arrays[:wides]))
     sizes = [length if i == axis else n for i, n in enumerate(ids.shape)]
