@@ -81,8 +81,8 @@ SLOW = range((1 << 15) + 1, (1 << 18) + 1)
 TILE = 1 << 14
 LANES = 128
 # Joint sums. XLA makes several sums fast in one pass where it unrolls them: first over as many
-# equal parts of the positions as one of TERMS says (many positions: as the first, and the rest by
-# itself). A part must begin at least APART numbers behind the one before, so that they are read
+# equal parts of the positions as one of TERMS says (else as the first, and a rest by itself). A
+# part must begin at least APART numbers behind the one before, so that they are read
 # side by side; where no axis allows that, NEAR. A smaller array may be broadcast for it up to the
 # share COPY of the largest.
 TERMS = (8, 7, 6, 5, 4)
@@ -153,25 +153,26 @@ def _sum_in_tiles(*arrays, fun, axes, shape, tiles):
     return [jnp.expand_dims(total, axes)]
 
 
-def _sum_jointly(*arrays, fun, axes, shape, start, stop, terms):
+def _sum_jointly(*arrays, fun, axes, shape, start, stop, cuts, terms):
     """All sums: first over `terms` equal parts of the positions on axes from `start` to `stop`."""
-    cuts, positions = (0, start, *range(stop, len(shape) + 1)), math.prod(shape[start:stop])
+    positions, at = math.prod(shape[start:stop]), cuts.index(stop) - 1
     rest = positions % terms
-    divide = functools.partial(_divided, shape=shape, cuts=cuts, at=1)
+    divide = functools.partial(_divided, shape=shape, cuts=cuts, at=at)
     add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))
 
     def total(arrays, each):
         values = tuple(_values(fun, arrays))
         zeros = tuple(np.zeros((), a.dtype) for a in values)
-        parts = lax.optimization_barrier(lax.reduce(values, zeros, add, (1,)))
+        parts = lax.optimization_barrier(lax.reduce(values, zeros, add, (at,)))
         sizes = *shape[:start], each, *(1,) * (stop - start - 1), *shape[stop:]
         return [jnp.sum(a.reshape(sizes), axes, keepdims=True) for a in parts]
 
-    all_but_rest = (0, positions - rest) if rest else None
-    most = [divide(a, number=terms, within=all_but_rest) for a in arrays]
-    sums = total(lax.optimization_barrier(most), positions // terms)
     if not rest:
-        return sums
+        arrays = lax.optimization_barrier([divide(a, number=terms) for a in arrays])
+        return total(arrays, positions // terms)
+    arrays = lax.optimization_barrier(list(arrays))  # before they are cut, or XLA would copy them
+    most = [divide(a, number=terms, within=(0, positions - rest)) for a in arrays]
+    sums = total(most, positions // terms)
     last = [divide(a, number=rest, within=(positions - rest, positions)) for a in arrays]
     return list(add(sums, total(last, 1)))
 
@@ -198,20 +199,30 @@ def _merged(sizes, shape, cuts):
 
 def _terms(arrays, shape, axes):
     """Which axes hold the positions that are summed in parts first, and in how many; or None."""
-    found = None
-    for start in reversed(axes):
-        stop = next(i for i in range(start, len(shape) + 1) if i not in axes)
-        cuts = (0, start, *range(stop, len(shape) + 1))
-        sizes = ((a.size, math.prod(_merged(a.shape, shape, cuts))) for a in arrays)
-        cheap = all(new == old or new <= COPY * math.prod(shape) for old, new in sizes)
-        positions, row = math.prod(shape[start:stop]), math.prod(shape[stop:])
-        most = TERMS[0] if positions >= TERMS[0] ** 2 else None  # with a rest
-        terms = next((k for k in TERMS if positions % k == 0), most)
-        if cheap and terms and (apart := positions // terms * row) >= NEAR:
-            found = dict(start=start, stop=stop, terms=terms)
-            if apart >= APART:
-                break
-    return found
+    found: dict[str, Any] = {}
+    for together in (True, False):  # the axes in front, if that makes no small array large
+        for start in reversed(axes):
+            stop = next(i for i in range(start, len(shape) + 1) if i not in axes)
+            front = (0, start) if together else range(start + 1)
+            cuts = (*front, *range(stop, len(shape) + 1))
+            positions, row = math.prod(shape[start:stop]), math.prod(shape[stop:])
+            exact = next((k for k in TERMS if positions % k == 0), None)
+            terms = exact or TERMS[0]
+            distance = positions // terms * row
+            if distance < (NEAR if exact else APART) or not _is_cheap(arrays, shape, cuts):
+                continue
+            kind = "near" if distance < APART else "apart" if exact else "with a rest"
+            if kind == "near" or kind not in found:
+                found[kind] = dict(start=start, stop=stop, cuts=cuts, terms=terms)
+        if found:
+            break
+    return next((found[kind] for kind in ("apart", "near", "with a rest") if kind in found), None)
+
+
+def _is_cheap(arrays, shape, cuts):
+    """Whether arrays can be seen as `cuts` say and none but small ones are broadcast for it."""
+    sizes = ((a.size, math.prod(_merged(a.shape, shape, cuts))) for a in arrays)
+    return all(new == old or new <= COPY * math.prod(shape) for old, new in sizes)
 
 
 def _tiles(shape, axes):
