@@ -429,6 +429,17 @@ TABLES: dict[str, Table] = {
             }
         ),
     ),
+    "input-speed": Table(
+        ("speed/inputs/speed.json",),
+        speeds(
+            {
+                "time / flax and jnp": FLAX,
+                "/ without the input": "{ratio_plain:.2f}",
+                "bytes": ACCESSED,
+                "kept": KEPT,
+            }
+        ),
+    ),
     "segments": Table(("segments/segments.json",), segment_rows),
     "spectral": Table(("spectral/spectral.json",), spectral_rows),
     "ghost-noise": Table(GHOST_FILES, ghost_noise_rows),
