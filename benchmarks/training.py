@@ -272,9 +272,7 @@ def forward(
         logits: Any = network.apply(variables, images, train=False)
         return logits, batch_stats
     rngs = {} if key is None else {"ghost": key}
-    logits, new = network.apply(
-        variables, images, train=True, mutable=["batch_stats"], rngs=rngs
-    )
+    logits, new = network.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
     return logits, new.get("batch_stats", {})
 
 
