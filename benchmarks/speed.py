@@ -2,7 +2,8 @@
 
 Spectral norms stand beside flax.linen's BatchNorm, a plain implementation with `jnp.fft`, and no
 more than a transform and its inverse. Norms with ghost noise stand beside flax.linen's BatchNorm,
-alone and with dropout.
+alone and with dropout. Norms with further inputs stand beside normjax's norm without them, "plain",
+and beside the same written with flax.linen and jnp.
 
 A training step (forward and backward pass with a given cotangent, in one compiled program) of each
 method is timed in turns with its peers. Beside the time ratios stand what does not depend on the
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import inputs, machine
 
 # Large blocks come from the heap and stay mapped; otherwise page faults are what is measured.
 ALLOCATOR = {
@@ -46,10 +47,12 @@ CASES = {
     "SpectralBatchNorm, half": IMAGES,
     "SpectralBatchNorm, frequency": IMAGES,
     "SpectralBatchNorm, frequency, fft": IMAGES,
+    **inputs.CASES,
 }
 # Passes over the activation, forward and backward, that no schedule goes below: two kernels each
 # way where statistics cross samples, one each way where a sample's row or group fits on chip.
-LOWER_BOUND = {"LayerNorm": 5, "RMSNorm": 5, "GroupNorm": 5, "InstanceNorm": 5}
+ROWS = ("GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "LayerNorm, heads", "RMSNorm, heads")
+LOWER_BOUND = {**dict.fromkeys((*ROWS, "AdaptiveLayerNorm"), 5), "RMSNorm, gated": 8}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,7 +148,8 @@ def measure(
     key = jax.random.key(2)
     row: dict[str, Any] = {"method": method, "shape": list(shape), "dtype": dtype}
     turns: dict[str, Callable[[], float]] = {}
-    for name, (variables, apply) in programs(method, shape[1:-1], shape[-1]).items():
+    found = programs(method, shape[1:-1], shape[-1]) if method not in inputs.CASES else None
+    for name, (variables, apply) in (found or inputs.programs(method, shape, dtype)).items():
 
         def step(variables, x, g, key, apply=apply):
             (y, new), pullback = jax.vjp(lambda v, x: apply(v, x, key), variables, x)
@@ -333,6 +337,7 @@ def show(results: dict[str, Any]) -> None:
         "ms",
         "/ flax",
         "/ torch",
+        "/ plain",
         "/ plain FFT",
         "/ FFT pair",
         "/ flax + dropout",
@@ -346,7 +351,7 @@ def show(results: dict[str, Any]) -> None:
         ratio = "{ratio_flax:.2f} [{ratio_flax_low:.2f}, {ratio_flax_high:.2f}]".format(**row)
         others = (
             f"{row[name]:.2f}" if (name := f"ratio_{peer}") in row else ""
-            for peer in ("torch", "plain_fft", "fft_pair", "flax_dropout")
+            for peer in ("torch", "plain", "plain_fft", "fft_pair", "flax_dropout")
         )
         table.add_row(
             row["method"],

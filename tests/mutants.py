@@ -240,12 +240,12 @@ OF_PASSES = {
         adjoint("rows"),
     ),
     "cotangent of the rows' scale without the inverse": Mutant(
-        PASSES, "return h, h * (centred * arrays[2])", "return h, h * centred", adjoint("rows")
+        PASSES, "slope = h * (centred * arrays[2])", "slope = h * centred", adjoint("rows")
     ),
     "tangent of the rows without the scale's": Mutant(
         PASSES,
-        "dz = dz + centred * inverse * dscale + dbias",
-        "dz = dz + dbias",
+        "dz = _plus(dz + centred * inverse * dscale, dbias)",
+        "dz = _plus(dz, dbias)",
         adjoint("rows"),
     ),
     "tangent of the activation is the identity": Mutant(
@@ -355,14 +355,14 @@ OF_PROGRAMS = {
     ),
     "initializers are part of the trace": Mutant(
         TRACING,
-        "return dataclasses.replace(method, **defaults) if defaults else method",
+        "return dataclasses.replace(method, **changed) if changed else method",
         "return method",
         some("test_details.py", "fresh_initializers"),
     ),
     "initializers of a module count": Mutant(
         "normjax/nnx.py",
-        "bare = dict.fromkeys(INITIALIZERS, jax.nn.initializers.zeros)",
-        "bare = {}",
+        "self._counts = without_initializers(method) if is_dataclass else method",
+        "self._counts = method",
         some("test_situations.py", "made_otherwise"),
     ),
     "single values are not refused": Mutant(
@@ -968,16 +968,10 @@ OF_THE_SEAM = {
         "return dy.astype(dtype)",
         some("methods/test_rows.py", "test_derivatives"),
     ),
-    "a gate that mixes positions is summed as one that does not": Mutant(
-        PASSES,
-        "mixes = activation if of_gate in (None, *POINTWISE) else of_gate",
-        "mixes = activation",
-        some("methods/test_rows.py", "mix_positions"),
-    ),
     "cotangent of a gated norm without the gate": Mutant(
         PASSES,
-        "h = h * activate(of_gate, widen(rest[-1]))",
-        "h = h * 1",
+        "(h,) = fence(widen(g) * activate(of_gate, widen(gate)))",
+        "(h,) = fence(widen(g))",
         some("methods/test_rows.py", "test_derivatives"),
     ),
     "a gate that is not masked": Mutant(
@@ -1035,6 +1029,83 @@ OF_THE_SEAM = {
         some("methods/test_running_norm.py", "test_clip"),
     ),
 }
+CONDITIONAL, BRANCHES, STYLE = (
+    f"normjax/methods/{name}.py" for name in ("conditional", "branches", "adaptive_instance")
+)
+OF_CONDITIONS = {
+    "shared bias that the class does not scale": Mutant(
+        CONDITIONAL,
+        "shift = None if shift is None else shift * scale",
+        "shift = shift",
+        some("methods/test_conditional.py", "composed_affine"),
+    ),
+    "a map without the one": Mutant(
+        CONDITIONAL,
+        "scale = None if scale is None else 1 + scale",
+        "scale = scale",
+        some("methods/test_conditional.py", "starts_as_the_plain"),
+    ),
+    "conditions of padding are not dropped": Mutant(
+        CONDITIONAL,
+        "return passes.keep(jnp.expand_dims(valid, tuple(range(-own, 0))), condition)",
+        "return condition",
+        contract("AdaptiveLayerNorm-masks"),
+    ),
+    "features of a condition are always last": Mutant(
+        CONDITIONAL,
+        "return jnp.moveaxis(a, range(-features, 0), feature_positions(method, a.shape))",
+        "return a",
+        some("methods/test_conditional.py", "classes_and_vectors"),
+    ),
+    "classes that are NaN where there are none": Mutant(
+        CONDITIONAL,
+        'mode="clip"',
+        'mode="fill"',
+        some("methods/test_conditional.py", "are_clipped"),
+    ),
+    "known classes are not checked": Mutant(
+        CONDITIONAL,
+        "outside = (classes < 0) | (classes >= self.num_classes)",
+        "outside = classes < 0",
+        some("methods/test_conditional.py", "test_inputs"),
+    ),
+    "a class in the dtype of its parameters": Mutant(
+        CONDITIONAL,
+        "lifted = lambda a: None if a is None else passes.lift(a, at, rank).astype(dtype)",
+        "lifted = lambda a: None if a is None else passes.lift(a, at, rank)",
+        some("methods/test_conditional.py", "half_precision"),
+    ),
+    "two activations": Mutant(
+        CONDITIONAL,
+        "method = dataclasses.replace(method, activation=None)",
+        "method = method",
+        some("methods/test_conditional.py", "comes_last"),
+    ),
+    "an update goes to the first branch": Mutant(
+        BRANCHES,
+        "lax.dynamic_update_index_in_dim(a, b, index, 0)",
+        "lax.dynamic_update_index_in_dim(a, b, 0, 0)",
+        some("methods/test_conditional.py", "its_branch_only"),
+    ),
+    "rows of the first branch": Mutant(
+        BRANCHES,
+        'inputs | {"condition": self._index(branch)}',
+        'inputs | {"condition": 0}',
+        some("methods/test_conditional.py", "outputs_gradients"),
+    ),
+    "variances of a style over n": Mutant(
+        STYLE,
+        "seen.var * (seen.count / jnp.maximum(seen.count - 1, 1))",
+        "seen.var",
+        some("methods/test_conditional.py", "adaptive_instance"),
+    ),
+    "styles of padding count": Mutant(
+        STYLE,
+        "return self.observe(style, mask)",
+        "return self.observe(style)",
+        contract("SandwichAdaptiveInstanceNorm-masks"),
+    ),
+}
 
 MUTANTS = {
     **OF_THE_SEAM,
@@ -1044,4 +1115,5 @@ MUTANTS = {
     **OF_SPECTRA,
     **OF_METHODS,
     **OF_THE_REST,
+    **OF_CONDITIONS,
 }

@@ -81,9 +81,10 @@ SLOW = range((1 << 15) + 1, (1 << 18) + 1)
 TILE = 1 << 14
 LANES = 128
 # Joint sums. XLA makes several sums fast in one pass where it unrolls them: first over as many
-# equal parts of the positions as one of TERMS says. A part must begin at least APART numbers behind
-# the one before, so that they are read side by side; where no axis allows that, NEAR. A smaller
-# array may be broadcast for it up to the share COPY of the largest.
+# equal parts of the positions as one of TERMS says (many positions: as the first, and the rest by
+# itself). A part must begin at least APART numbers behind the one before, so that they are read
+# side by side; where no axis allows that, NEAR. A smaller array may be broadcast for it up to the
+# share COPY of the largest.
 TERMS = (8, 7, 6, 5, 4)
 APART, NEAR = 1 << 10, 1 << 4
 COPY = 1 / 64
@@ -154,24 +155,38 @@ def _sum_in_tiles(*arrays, fun, axes, shape, tiles):
 
 def _sum_jointly(*arrays, fun, axes, shape, start, stop, terms):
     """All sums: first over `terms` equal parts of the positions on axes from `start` to `stop`."""
-    cuts = (0, start, *range(stop, len(shape) + 1))
-    arrays = [_divided(a, shape, cuts, 1, terms) for a in arrays]
-    values = tuple(_values(fun, lax.optimization_barrier(arrays)))
-    zeros = tuple(np.zeros((), a.dtype) for a in values)
+    cuts, positions = (0, start, *range(stop, len(shape) + 1)), math.prod(shape[start:stop])
+    rest = positions % terms
+    divide = functools.partial(_divided, shape=shape, cuts=cuts, at=1)
     add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))
-    parts = lax.optimization_barrier(lax.reduce(values, zeros, add, (1,)))
-    each = math.prod(shape[start:stop]) // terms, *(1,) * (stop - start - 1)
-    parts = (a.reshape(*shape[:start], *each, *shape[stop:]) for a in parts)
-    return [jnp.sum(a, axes, keepdims=True) for a in parts]
+
+    def total(arrays, each):
+        values = tuple(_values(fun, arrays))
+        zeros = tuple(np.zeros((), a.dtype) for a in values)
+        parts = lax.optimization_barrier(lax.reduce(values, zeros, add, (1,)))
+        sizes = *shape[:start], each, *(1,) * (stop - start - 1), *shape[stop:]
+        return [jnp.sum(a.reshape(sizes), axes, keepdims=True) for a in parts]
+
+    most = [divide(a, number=terms, within=(0, positions - rest)) for a in arrays]
+    sums = total(lax.optimization_barrier(most), positions // terms)
+    if not rest:
+        return sums
+    last = [divide(a, number=rest, within=(positions - rest, positions)) for a in arrays]
+    return list(add(sums, total(last, 1)))
 
 
-def _divided(a, shape, cuts, at, number):
-    """`a` with all axes between two cuts made one, and of these the one at `at` `number` parts."""
+def _divided(a, shape, cuts, at, number, within=None):
+    """`a` with all axes between two cuts made one, and of these the one at `at` `number` parts.
+
+    `within`: of this one, the positions from the first to before the second.
+    """
     full = _merged(a.shape, shape, cuts)
     sizes = [math.prod(full[i:j]) for i, j in itertools.pairwise(cuts)]
+    a = jnp.broadcast_to(a, full).reshape(sizes)
+    if within is not None and sizes[at] > 1:
+        a = lax.slice_in_dim(a, *within, axis=at)
     parts = number if sizes[at] > 1 else 1
-    sizes[at : at + 1] = parts, sizes[at] // parts
-    return jnp.broadcast_to(a, full).reshape(sizes)
+    return a.reshape(*a.shape[:at], parts, a.shape[at] // parts, *a.shape[at + 1 :])
 
 
 def _merged(sizes, shape, cuts):
@@ -189,7 +204,8 @@ def _terms(arrays, shape, axes):
         sizes = ((a.size, math.prod(_merged(a.shape, shape, cuts))) for a in arrays)
         cheap = all(new == old or new <= COPY * math.prod(shape) for old, new in sizes)
         positions, row = math.prod(shape[start:stop]), math.prod(shape[stop:])
-        terms = next((k for k in TERMS if positions % k == 0), None)
+        most = TERMS[0] if positions >= TERMS[0] ** 2 else None  # with a rest
+        terms = next((k for k in TERMS if positions % k == 0), most)
         if cheap and terms and (apart := positions // terms * row) >= NEAR:
             found = dict(start=start, stop=stop, terms=terms)
             if apart >= APART:

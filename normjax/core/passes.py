@@ -35,8 +35,6 @@ from normjax.core.statistics import Moments
 from normjax.core.structs import Mask
 from normjax.core.variance import average, keep, mean_and_variance, pool, wide, widen
 
-POINTWISE = jax.nn.relu, jax.nn.sigmoid, jax.nn.silu  # known to mix no positions
-
 
 def as_wide(x: jax.Array | Input, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """`arrays` in the dtype of statistics and arithmetic for `x`."""
@@ -190,7 +188,6 @@ def apply(
         return affine(x, mean, gain, bias, activation=activation, dtype=dtype)
     smaller = jnp.broadcast_shapes((1,) * x.ndim, *learned)
     scale = jnp.ones(smaller, work) if scale is None else scale
-    bias = jnp.zeros(smaller, work) if bias is None else bias
     if gate is not None:
         of, how = carried(gate[0]), (activation, gate[1], output_dtype(dtype, x))
         return _gated(x, mean, inverse, scale, bias, of, *how)
@@ -316,46 +313,53 @@ def _centre(x, mean):
     return widen(x) if mean is None else widen(x) - mean
 
 
+def _plus(z, bias):
+    return z if bias is None else z + bias
+
+
 def _rows_tangent(activation, dtype, saved, tangents):
     x, mean, inverse, scale, bias = saved
     dx, dmean, dinverse, dscale, dbias = tangents
     centred = _centre(x, mean)
     dz = (_centre(dx, dmean) * inverse + centred * dinverse) * scale
-    dz = dz + centred * inverse * dscale + dbias
-    return activation_tangent(activation, centred * inverse * scale + bias, dz).astype(dtype)
+    dz = _plus(dz + centred * inverse * dscale, dbias)
+    z = _plus(centred * inverse * scale, bias)
+    return activation_tangent(activation, z, dz).astype(dtype)
 
 
-def _rows_transpose(activation, _, saved, g, gate=None, of_gate=None):
+def _rows_transpose(activation, _, saved, g):
     x, mean, inverse, scale, bias = saved
-    whole = (g, x, inverse, scale, bias, jnp.zeros_like(inverse))
-    whole += tuple(a for a in (mean, gate) if a is not None)
-    small, shifts = jnp.broadcast_shapes(scale.shape, bias.shape), mean is not None
-    mixes = activation if of_gate in (None, *POINTWISE) else of_gate
+    given = [a is not None for a in (mean, bias)]
+    whole = (g, x, inverse, scale, jnp.zeros_like(inverse))
+    whole += tuple(a for a in (mean, bias) if a is not None)
+    small = scale.shape if bias is None else jnp.broadcast_shapes(scale.shape, bias.shape)
 
-    def before(h, x, inverse, scale, bias, zero, *rest):
+    def before(h, x, inverse, scale, zero, *rest):
         """Cotangent before the activation, and the centred input."""
-        centred = _centre(x, rest[0] if shifts else None)
-        z, h = centred * inverse * scale + bias, h.astype(scale.dtype)
-        if gate is not None:
-            h = h * activate(of_gate, widen(rest[-1]))
-        return activation_cotangent(activation, z, h, zero), centred
+        rest = iter(rest)
+        mean, bias = (next(rest) if has else None for has in given)
+        centred = _centre(x, mean)
+        z = _plus(centred * inverse * scale, bias)
+        return activation_cotangent(activation, z, h.astype(scale.dtype), zero), centred
 
     def along(*arrays):
         h, centred = before(*arrays)
         h = h * arrays[3]
-        return (h * centred, h) if shifts else (h * centred,)
+        return (h * centred, h) if given[0] else (h * centred,)
 
     def across(*arrays):
         h, centred = before(*arrays)
-        return h, h * (centred * arrays[2])
+        slope = h * (centred * arrays[2])
+        return (slope, h) if given[1] else (slope,)
 
-    slope, *total = _totals(along, mixes, inverse.shape, *whole)
+    slope, *total = _totals(along, activation, inverse.shape, *whole)
     arrays = fence(*whole, slope)[: len(whole)]
-    dbias, dscale = _totals(across, mixes, small, *arrays)
+    dscale, *dbias = _totals(across, activation, small, *arrays)
     arrays = fence(*whole, dscale)[: len(whole)]
     dx = before(*arrays)[0] * arrays[2] * arrays[3]
     dmean = -total[0] * inverse if total else None
-    return dx, dmean, slope, _sum_to(dscale, scale.shape), _sum_to(dbias, bias.shape)
+    dbias = _sum_to(dbias[0], bias.shape) if dbias else None
+    return dx, dmean, slope, _sum_to(dscale, scale.shape), dbias
 
 
 @differentiated(_rows_tangent, _rows_transpose, static=2)
@@ -369,7 +373,7 @@ def _fenced(*arrays):
 
 
 def _rows_value(activation, x, mean, inverse, scale, bias):
-    return activate(activation, _centre(x, mean) * inverse * scale + bias)
+    return activate(activation, _plus(_centre(x, mean) * inverse * scale, bias))
 
 
 def _gated_tangent(activation, of_gate, dtype, saved, tangents):
@@ -381,7 +385,8 @@ def _gated_tangent(activation, of_gate, dtype, saved, tangents):
 
 def _gated_transpose(activation, of_gate, _, saved, g):
     *of_rows, gate = saved
-    moved = _rows_transpose(activation, None, of_rows, g, gate, of_gate)
+    (h,) = fence(widen(g) * activate(of_gate, widen(gate)))  # its exponentials once, on CPU
+    moved = _rows_transpose(activation, None, of_rows, h)
     h = widen(g) * _rows_value(activation, *of_rows)
     return *moved, activation_cotangent(of_gate, widen(gate), h, jnp.zeros_like(h))
 

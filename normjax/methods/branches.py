@@ -50,8 +50,8 @@ class MultiStats(Configuration):
       >>> method, x = nj.MultiStats(nj.BatchNorm(), 2), jnp.arange(12.0).reshape(4, 3)
       >>> params, state = method.init(None, 3)
       >>> y, state = method.apply(params, state, x, train=True, branch=1)
-      >>> state.mean[:, 0].round(4).tolist()
-      [0.0, 0.045]
+      >>> [f"{mean:.3f}" for mean in state.mean[:, 0]]
+      ['0.000', '0.045']
     """
 
     method: Any = dataclasses.field(metadata=checks.rule(checks.method))

@@ -259,6 +259,18 @@ class LimitsTest(parameterized.TestCase):
         close(y, jax.nn.relu(z) if has else z, 1e-5)
         chex.assert_trees_all_close(new, wanted, atol=1e-6)
 
+    def test_parameters_in_half_precision_are_joined_in_float32(self):
+        x = draw(0, 6, 3, 4)
+        for method, condition in (
+            (nj.SandwichBatchNorm(3, param_dtype="bfloat16"), LABELS),
+            (nj.Conditioned(nj.BatchNorm(), nj.ConditionalAffine(5)), draw(1, 6, 5)),
+        ):
+            params, state = made(method, 4)
+            params = jax.tree.map(lambda a: a.astype("bfloat16"), params)
+            wide = jax.tree.map(lambda a: a.astype("float32"), params)
+            run = lambda p, m=method, s=state, c=condition: output(m, p, s, x, condition=c)
+            chex.assert_trees_all_equal(run(params), run(wide))
+
     def test_a_gate_and_a_condition(self):
         x, gate = draw(0, 6, 5, 4), draw(1, 6, 5, 4)
         method = nj.Conditioned(nj.RMSNorm(), nj.ClassAffine(3, use_bias=False))
