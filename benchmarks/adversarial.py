@@ -92,6 +92,24 @@ class Branches(NamedTuple):
         images = training.scale(x * self.top, inputs)
         return training.forward(network, params, batch_stats, images, train=train)
 
+    def attack(
+        self,
+        branch: int,
+        params: Any,
+        batch_stats: Any,
+        x: jax.Array,
+        labels: jax.Array,
+        inputs: training.Inputs,
+        key: jax.Array,
+        attack: Attack,
+    ) -> tuple[jax.Array, Any]:
+        """`pgd` on a branch: attacked images and the running statistics after it."""
+
+        def forward(x, batch_stats):
+            return self.forward(branch, params, batch_stats, x, inputs, train=attack.train)
+
+        return pgd(forward, x, labels, batch_stats, key, attack)
+
 
 def build(method: Any, classes: int, *, top: int = 255, width: int = 8) -> Branches:
     """The residual network for each branch of a method, with one tree of variables."""
@@ -149,10 +167,7 @@ def training_loss(
     def loss(params, batch_stats, images, labels, key, inputs):
         x, fixed = images / branches.top, lax.stop_gradient(params)
 
-        def attacked(x, batch_stats):
-            return branches.forward(1, fixed, batch_stats, x, inputs, train=attack.train)
-
-        moved, batch_stats = pgd(attacked, x, labels, batch_stats, key, attack)
+        moved, batch_stats = branches.attack(1, fixed, batch_stats, x, labels, inputs, key, attack)
         passes = [(x, labels), (moved, labels)]
         if one_batch:
             passes = [(jnp.concatenate([x, moved]), jnp.concatenate([labels, labels]))]
@@ -177,13 +192,14 @@ def accuracies(branches: Branches, attack: Attack) -> Callable[..., dict[str, ja
         index, images, labels = batch
         x, key = images / branches.top, jax.random.fold_in(jax.random.key(state.seed), index)
 
-        def forward(x, batch_stats):
-            return branches.forward(branch, state.params, batch_stats, x, inputs, train=False)
-
         known = jnp.maximum(labels, 0)  # those of -1 fill up the last batch
-        moved, _ = pgd(forward, x, known, state.batch_stats, key, attack)
-        logits = (forward(shown, state.batch_stats)[0] for shown in (x, moved))
-        return jnp.stack([jnp.sum(found.argmax(-1) == labels) for found in logits])
+        variables = state.params, state.batch_stats
+        moved, _ = branches.attack(branch, *variables, x, known, inputs, key, attack)
+        counts = []
+        for shown in (x, moved):
+            logits, _ = branches.forward(branch, *variables, shown, inputs, train=False)
+            counts.append(jnp.sum(logits.argmax(-1) == labels))
+        return jnp.stack(counts)
 
     @jax.jit
     def measure(state, inputs):
@@ -292,8 +308,7 @@ def _train(name, seeds, classes, inputs, options, tick):
         return
     arm = ARMS[name]
     branches = build(arm.method, classes, top=TOP.get(options.data, 255), width=options.width)
-    in_training = options.attack_statistics == "train"
-    attack = Attack(options.epsilon, options.steps, in_training)
+    attack = Attack(options.epsilon, options.steps, options.attack_statistics == "train")
     program = training.compile(
         branches.networks[0],
         inputs,

@@ -88,18 +88,12 @@ def test_attack_of_two_classes_reaches_the_corner():
 @pytest.mark.parametrize("train", [False, True])
 def test_an_attack_moves_the_statistics_of_its_branch_alone(name, branch, train):
     branches, params, batch_stats, inputs = made(name)
-    x = inputs.train_images / 16
-
-    @jax.jit
-    def run(params, batch_stats):
-        def forward(x, batch_stats):
-            return branches.forward(branch, params, batch_stats, x, inputs, train=train)
-
-        return adversarial.pgd(forward, x, inputs.train_labels, batch_stats, KEY, Attack(0.1, 3))[1]
-
+    given = inputs.train_images / 16, inputs.train_labels, inputs, KEY
+    attack = functools.partial(branches.attack, branch, attack=Attack(0.1, 3, train))
+    _, new = jax.jit(attack)(params, batch_stats, *given)
     wanted = [{0}, {0}]
     wanted[branch] = {3 * train}
-    assert moves(run(params, batch_stats)) == wanted
+    assert moves(new) == wanted
 
 
 @pytest.mark.parametrize(
@@ -126,18 +120,13 @@ def test_a_step_of_training_moves_statistics(name, train, wanted):
 def test_loss_is_of_clean_and_attacked_images():
     """And its gradient takes the attacked images as given."""
     branches, params, batch_stats, inputs = made("AuxBatchNorm")
-    attack, x, labels = Attack(0.1, 2), inputs.train_images / 16, inputs.train_labels
+    x, labels, attack = inputs.train_images / 16, inputs.train_labels, Attack(0.1, 2)
+    run = jax.jit(functools.partial(branches.attack, 1, attack=attack))
+    moved, _ = run(params, batch_stats, x, labels, inputs, KEY)
 
     def by_hand(params):
-        def attacked(x, batch_stats):
-            return branches.forward(1, held, batch_stats, x, inputs, train=False)
-
-        held = jax.tree.map(jax.lax.stop_gradient, params)
-        moved, _ = adversarial.pgd(attacked, x, labels, batch_stats, KEY, attack)
         clean, _ = branches.forward(0, params, batch_stats, x, inputs, train=True)
-        other, _ = branches.forward(
-            1, params, batch_stats, jax.lax.stop_gradient(moved), inputs, train=True
-        )
+        other, _ = branches.forward(1, params, batch_stats, moved, inputs, train=True)
         return sum(training.cross_entropy(logits, labels).mean() for logits in (clean, other)) / 2
 
     loss = adversarial.training_loss(branches, attack)
