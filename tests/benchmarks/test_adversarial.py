@@ -83,9 +83,15 @@ def test_attack_of_two_classes_reaches_the_corner():
     np.testing.assert_allclose(moved, wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["AuxBatchNorm", "SandwichAuxBatchNorm"])
-@pytest.mark.parametrize("branch", [0, 1])
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("name", "branch", "train"),
+    [
+        ("AuxBatchNorm", 1, False),
+        ("AuxBatchNorm", 1, True),
+        ("AuxBatchNorm", 0, True),
+        ("SandwichAuxBatchNorm", 1, True),
+    ],
+)
 def test_an_attack_moves_the_statistics_of_its_branch_alone(name, branch, train):
     branches, params, batch_stats, inputs = made(name)
     given = inputs.train_images / 16, inputs.train_labels, inputs, KEY
@@ -103,8 +109,7 @@ def test_an_attack_moves_the_statistics_of_its_branch_alone(name, branch, train)
         ("BatchNorm", True, [{5}]),
         ("BatchNorm, one batch", False, [{1}]),
         ("AuxBatchNorm", False, [{1}, {1}]),
-        ("AuxBatchNorm", True, [{1}, {4}]),
-        ("SandwichAuxBatchNorm", False, [{1}, {1}]),
+        ("SandwichAuxBatchNorm", True, [{1}, {4}]),
     ],
 )
 def test_a_step_of_training_moves_statistics(name, train, wanted):
@@ -122,7 +127,7 @@ def test_loss_is_of_clean_and_attacked_images():
     branches, params, batch_stats, inputs = made("AuxBatchNorm")
     x, labels, attack = inputs.train_images / 16, inputs.train_labels, Attack(0.1, 2)
     run = jax.jit(functools.partial(branches.attack, 1, attack=attack))
-    moved, _ = run(params, batch_stats, x, labels, inputs, KEY)
+    moved, _ = run(params, batch_stats, x, labels, inputs, jax.random.fold_in(KEY, 1))
 
     def by_hand(params):
         clean, _ = branches.forward(0, params, batch_stats, x, inputs, train=True)
