@@ -240,7 +240,10 @@ def _options(argv):
     parser.add_argument("--data", default="digits", choices=("digits", "images", "cifar10-bin"))
     parser.add_argument("--data-dir", help="folder of the images, as in benchmarks.compare")
     parser.add_argument("--train-size", type=whole, help="number of train images to keep")
-    parser.add_argument("--methods", nargs="+", choices=ARMS, default=list(ARMS), metavar="METHOD")
+    text = f"some of: {'; '.join(ARMS)} (default: all)"
+    parser.add_argument(
+        "--methods", nargs="+", choices=ARMS, default=list(ARMS), metavar="METHOD", help=text
+    )
     parser.add_argument("--seeds", type=whole, default=8)
     parser.add_argument("--epochs", type=whole, default=30)
     parser.add_argument("--batch-size", type=whole, default=64)
