@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import adversarial, guarantees, report, spectral
+from benchmarks import adversarial, conditional, guarantees, report, spectral
 from benchmarks.compilers import show, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,6 +125,18 @@ def guarantee_rows(results):
     yield "case", "measure", "flax", "normjax"
     for row in results["rows"]:
         yield row["case"], row["measure"], *(guarantees.text(row[k]) for k in ("flax", "normjax"))
+
+
+def segment_rows(results):
+    """Times with segments, relative to those without."""
+    yield "method", "shape", "dtype", "ms without", "packed", "ids in any order"
+    for row in results["rows"]:
+        times = (
+            f"{row[f'{order}_ratio']:.2f} ({row[f'{order}_low']:.2f} to {row[f'{order}_high']:.2f})"
+            for order in ("packed", "any")
+        )
+        shape = "x".join(map(str, row["shape"]))
+        yield row["method"], shape, row["dtype"], f"{row['plain_ms']:.2f}", *times
 
 
 def medians(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
@@ -354,6 +366,15 @@ def pod_rows(results):
         yield str(row["chips"]), row["layout"], row["norm"], *cells
 
 
+def conditional_rows(*results):
+    """Two conditional norms, and the second less the first."""
+    rows = [row for found in results for row in conditional.summary(found)]
+    yield "data", "mean over seeds", *rows[0]["methods"], "difference"
+    for row in rows:
+        values = (conditional.text(row[name], sign) for name, sign in conditional.NUMBERS)
+        yield row["data"], row["quantity"], *values
+
+
 def recipe_rows(*results):
     """Small slow scales and controls beside the same network without."""
     yield "labels", "network", "arm", "test accuracy, points", "seeds"
@@ -418,6 +439,7 @@ TABLES: dict[str, Table] = {
             }
         ),
     ),
+    "segments": Table(("segments/segments.json",), segment_rows),
     "spectral": Table(("spectral/spectral.json",), spectral_rows),
     "ghost-noise": Table(GHOST_FILES, ghost_noise_rows),
     "kalman": Table(("kalman/two.json",), kalman_rows),
@@ -432,6 +454,10 @@ TABLES: dict[str, Table] = {
     ),
     "compilers-networks": Table(COMPILED_FILES, network_rows, source=False, section="networks"),
     "compilers-pods": Table(("compilers/v5e.json",), pod_rows, section="pods"),
+    "balance": Table(("conditional/balance.json",), conditional_rows),
+    "conditional": Table(
+        ("conditional/relations.json", "conditional/few-shot.json"), conditional_rows
+    ),
     "recipe": Table(("recipe/noisy.json", "recipe/clean.json"), recipe_rows),
     "adversarial": Table(
         ("adversarial/adversarial.json", "adversarial/train/adversarial.json"), adversarial_rows

@@ -15,13 +15,16 @@ CASES = {
     "RMSNorm, gated": TOKENS,
     "LayerNorm, heads": HEADS,
     "RMSNorm, heads": HEADS,
+    "LayerNorm, residual": TOKENS,
+    "RMSNorm, residual": TOKENS,
 }
 
 
 def programs(method: str, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[Any, Callable]]:
-    """Variables and `apply(variables, x, key) -> (y, new statistics)`, as of `speed.programs`.
+    """Variables and `apply(variables, x, key) -> (y, new)`, as of `speed.programs`.
 
     "plain" is normjax's norm without the input. Inputs that have a gradient are with the variables.
+    `new` are statistics, and in front of a norm of a sum, `x` and a residual, also that sum.
     """
     import jax
     import jax.numpy as jnp
@@ -85,6 +88,15 @@ def programs(method: str, shape: tuple[int, ...], dtype: str) -> dict[str, tuple
     elif method == "RMSNorm, gated":
         found["normjax"] = made(nj.RMSNorm(), {"gate": gate}), ours(nj.RMSNorm())
         found["flax"] = theirs(nn.RMSNorm(), gated, gate)
+    elif method.endswith("residual"):
+        kind = method.partition(",")[0]
+        norm, layer = getattr(nj, kind)(), getattr(nn, kind)(dtype=dtype)
+        variables = jax.jit(layer.init)(jax.random.key(0), x0)
+        summed = lambda run: lambda v, x, key: (run(v[0], x + v[1]), x + v[1])
+        residual = normal(*shape)
+        bare_norm = lambda v, x: norm.apply(*v, x, train=True)[0]
+        found["normjax"] = (norm.init(None, channels), residual), summed(bare_norm)
+        found["flax"] = (variables, residual), summed(layer.apply)
     else:
         kind = method.partition(",")[0]
         norm = getattr(nj, kind)()

@@ -52,7 +52,10 @@ CASES = {
 # Passes over the activation, forward and backward, that no schedule goes below: two kernels each
 # way where statistics cross samples, one each way where a sample's row or group fits on chip.
 ROWS = ("GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "LayerNorm, heads", "RMSNorm, heads")
-LOWER_BOUND = {**dict.fromkeys((*ROWS, "AdaptiveLayerNorm"), 5), "RMSNorm, gated": 8}
+LOWER_BOUND = {
+    **dict.fromkeys((*ROWS, "AdaptiveLayerNorm"), 5),
+    **dict.fromkeys(("RMSNorm, gated", "LayerNorm, residual", "RMSNorm, residual"), 8),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

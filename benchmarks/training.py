@@ -126,12 +126,7 @@ def compile(
     """
     steps = len(inputs.train_labels) // batch_size
     total = steps * epochs
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, total // 20, total)
-    optimizer = optax.chain(
-        optax.add_decayed_weights(5e-4, mask=_kernels),
-        optax.sgd(schedule, momentum=0.9, nesterov=True),
-        *after,
-    )
+    optimizer = optax.chain(sgd(learning_rate, total), *after)
 
     def plain_loss(params, batch_stats, images, labels, key, inputs):
         logits, new = forward(network, params, batch_stats, scale(images, inputs), key)
@@ -201,6 +196,15 @@ def compile(
     first = for_seeds(start).lower(jnp.arange(seeds))
     rest = (for_seeds(f).lower(first.out_info, inputs).compile() for f in (train, evaluate))
     return Program(first.compile(), *rest)
+
+
+def sgd(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """Nesterov momentum with warm-up and cosine up to `learning_rate`, weight decay on kernels."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
+    return optax.chain(
+        optax.add_decayed_weights(5e-4, mask=_kernels),
+        optax.sgd(schedule, momentum=0.9, nesterov=True),
+    )
 
 
 def validation_accuracy(network: nn.Module, state: State, inputs: Inputs) -> np.ndarray:

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import normjax
 from normjax.core import checks
 from normjax.core.fields import Configuration
-from normjax.core.method import observes, traits
+from normjax.core.method import observes, of_statistics, traits
 from normjax.core.statistics import whole
 from normjax.core.structs import to_dict
 from normjax.core.tracing import without_initializers
@@ -122,7 +122,8 @@ class Norm(nnx.Module):
         for path, value in moved.items():
             self._variable(path).set_value(jax.lax.stop_gradient(value))
         if Seen in map(type, getattr(self, "__captures__", ())) and observes(self.method):
-            self.sow(Seen, "seen", whole(self.method.observe(x, mask)))
+            seen = self.method.observe(x, mask, **of_statistics(inputs))
+            self.sow(Seen, "seen", whole(seen))
         return y
 
     def unpack(self) -> tuple[Any, Any]:

@@ -209,6 +209,7 @@ class AuxBatchNorm(Norm):
     ) -> None: ...
 
 class BatchNorm(Norm):
+    num_segments: int | None
     axis: int | tuple[int, ...]
     dtype: Any
     param_dtype: Any
@@ -231,6 +232,7 @@ class BatchNorm(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        num_segments: int | None = ...,
         axis: int | tuple[int, ...] = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
@@ -785,6 +787,7 @@ class GhostNoiseBatchNorm(Norm):
     ) -> None: ...
 
 class GroupNorm(Norm):
+    num_segments: int | None
     dtype: Any
     param_dtype: Any
     use_scale: bool
@@ -806,6 +809,7 @@ class GroupNorm(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        num_segments: int | None = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
         use_scale: bool = ...,
@@ -824,6 +828,7 @@ class GroupNorm(Norm):
     ) -> None: ...
 
 class InstanceNorm(Norm):
+    num_segments: int | None
     dtype: Any
     param_dtype: Any
     use_scale: bool
@@ -841,6 +846,7 @@ class InstanceNorm(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        num_segments: int | None = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
         use_scale: bool = ...,
@@ -920,6 +926,7 @@ class KalmanNorm(Norm):
     ) -> None: ...
 
 class LayerNorm(Norm):
+    num_segments: int | None
     dtype: Any
     param_dtype: Any
     use_scale: bool
@@ -943,6 +950,7 @@ class LayerNorm(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        num_segments: int | None = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
         use_scale: bool = ...,
@@ -982,6 +990,7 @@ class MultiStats(Norm):
     ) -> None: ...
 
 class RMSNorm(Norm):
+    num_segments: int | None
     dtype: Any
     param_dtype: Any
     use_scale: bool
@@ -1003,6 +1012,7 @@ class RMSNorm(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        num_segments: int | None = ...,
         dtype: Any = ...,
         param_dtype: Any = ...,
         use_scale: bool = ...,

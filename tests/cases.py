@@ -65,6 +65,19 @@ def branch(dtype, shape):
     return {"branch": 1}
 
 
+def weights(dtype, shape):
+    """Weights of samples, zero among them; the numbers are exact in every dtype."""
+    w = np.random.default_rng(11).integers(0, 9, (shape[0], *(1,) * (len(shape) - 1)))
+    return {"weights": jnp.asarray(w / 4, dtype)}
+
+
+def segment_ids(dtype, shape):
+    """Ids of two of three segments for all positions, features last, and of padding."""
+    ids = np.random.default_rng(12).choice([0, 0, 0, 2, 2, 2, -1], (*shape[:-1], 1))
+    return {"segment_ids": jnp.asarray(ids, jnp.int32)}
+
+
+WEIGHTED, SEGMENTS = {"extra": weights}, {"extra": segment_ids}
 GATED = {"extra": gate, "residual_bytes": 3.1}  # a gate in float32 beside bfloat16
 MAPS = {"masks_positions": False}
 variant = functools.partial(Case, tier=2)
@@ -84,17 +97,30 @@ CASES = {
     "BatchNorm, unbiased, guarded": variant(
         nj.BatchNorm(unbiased_running_var=True, skip_nonfinite=True), (16, 4)
     ),
+    "BatchNorm, weighted": variant(
+        nj.BatchNorm(unbiased_running_var=True), (16, 3, 3, 4), **WEIGHTED
+    ),
+    "BatchNorm, segments": variant(
+        nj.BatchNorm(num_segments=3, activation=jax.nn.relu), (16, 3, 3, 4), **SEGMENTS
+    ),
     "BatchRenorm": Case(nj.BatchRenorm(r_max=1.5, d_max=0.5), (16, 3, 3, 4)),
     "BatchRenorm, ramps": variant(nj.BatchRenorm(), (16, 4)),
     "RunningNorm": Case(nj.RunningNorm(), (16, 4)),
     "RunningNorm, clipped, debiased": variant(
         nj.RunningNorm(clip=1.0, running_average="debiased", use_scale=True, axis=1), (16, 4, 3)
     ),
+    "RunningNorm, weighted": variant(nj.RunningNorm(), (16, 4), **WEIGHTED),
     "LayerNorm": Case(nj.LayerNorm(), (16, 3, 6)),
     "LayerNorm, all axes": variant(
         nj.LayerNorm(reduction_axes=(1, 2), feature_axes=(1, 2)), (16, 3, 4)
     ),
     "LayerNorm, gelu inside": variant(nj.LayerNorm(activation=jax.nn.gelu), (16, 6)),
+    "LayerNorm, weighted": variant(nj.LayerNorm(reduction_axes=(1, 2)), (16, 5, 4), **WEIGHTED),
+    "LayerNorm, segments": variant(
+        nj.LayerNorm(reduction_axes=(1, 2), num_segments=3),
+        (16, 18, 4),
+        **SEGMENTS,
+    ),
     "LayerNorm, feature axis elsewhere": variant(
         nj.LayerNorm(reduction_axes=(1, 2), feature_axes=-1), (16, 9, 4)
     ),
@@ -117,6 +143,12 @@ CASES = {
     "GroupNorm": Case(nj.GroupNorm(2), (16, 3, 3, 4)),
     "GroupNorm, features": variant(nj.GroupNorm(2), (16, 16)),
     "GroupNorm, relu inside": variant(nj.GroupNorm(None, 2, activation=jax.nn.relu), (16, 3, 3, 4)),
+    "GroupNorm, segments": variant(
+        nj.GroupNorm(2, num_segments=3), (16, 24, 4), residual_bytes=1.2, **SEGMENTS
+    ),
+    "InstanceNorm, segments": variant(
+        nj.InstanceNorm(num_segments=3), (16, 24, 4), residual_bytes=1.2, **SEGMENTS
+    ),
     "InstanceNorm": Case(nj.InstanceNorm(), (16, 3, 3, 4)),
     "Affine": Case(nj.Affine(), (16, 4)),
     "Derf": Case(nj.Derf(), (16, 4)),

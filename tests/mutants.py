@@ -39,7 +39,9 @@ PASSES, LINEAR, CPU, GPU, VARIANCE = (
 PLACES, STATISTICS, RUNNING = (
     f"normjax/core/{name}.py" for name in ("sharding", "statistics", "running")
 )
-GROUPS, STRUCTS = (f"normjax/core/{name}.py" for name in ("groups", "structs"))
+GROUPS, STRUCTS, SEGMENTS = (
+    f"normjax/core/{name}.py" for name in ("groups", "structs", "segments")
+)
 CHECKS = "normjax/core/checks.py"
 COMPAT = "normjax/core/compat.py"
 TRACING, SEAM = "normjax/core/tracing.py", "normjax/core/seam.py"
@@ -57,6 +59,7 @@ DERF = "normjax/methods/derf.py"
 RUNNING_NORM = "normjax/methods/running_norm.py"
 LINEN, CARRY = (f"normjax/linen/{name}.py" for name in ("__init__", "carry"))
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
+BALANCE = "normjax/analysis/balance.py"
 
 OF_PASSES = {
     "transpose of the drop doubled": Mutant(
@@ -73,32 +76,32 @@ OF_PASSES = {
     ),
     "inputs not masked": Mutant(
         PASSES,
-        "return carried(x if mask is None else _drop(x, mask)), mask",
-        "return carried(x), mask",
+        "return carried(x if valid is None else _drop(x, valid)), count",
+        "return carried(x), count",
         contract("BatchNorm-masks"),
     ),
     "transpose of the moments doubled": Mutant(
         PASSES,
-        "keep(mask, (widen(x) - mean) * slope + shift)",
-        "keep(mask, 2 * ((widen(x) - mean) * slope + shift))",
+        "keep(mask, _centre(x, mean, mask) * at(mask, slope) + at(mask, shift))",
+        "keep(mask, 2 * (_centre(x, mean, mask) * at(mask, slope) + at(mask, shift)))",
         adjoint("moments"),
     ),
     "transpose of the moments without the mean's": Mutant(
         PASSES,
-        "keep(mask, (widen(x) - mean) * slope + shift)",
-        "keep(mask, (widen(x) - mean) * slope)",
+        "keep(mask, _centre(x, mean, mask) * at(mask, slope) + at(mask, shift))",
+        "keep(mask, _centre(x, mean, mask) * at(mask, slope))",
         adjoint("moments"),
     ),
     "transpose of the mean square dropped": Mutant(
         PASSES,
-        "keep(mask, widen(x) * slope)",
-        "keep(mask, 0 * widen(x) * slope)",
+        "keep(mask, _centre(x, None, mask) * at(mask, slope))",
+        "keep(mask, 0 * _centre(x, None, mask) * at(mask, slope))",
         adjoint("moments, mean square"),
     ),
     "cotangent of the moments not masked": Mutant(
         PASSES,
-        "return (keep(mask, (widen(x) - mean) * slope + shift),)",
-        "return ((widen(x) - mean) * slope + shift,)",
+        "return (keep(mask, _centre(x, mean, mask) * at(mask, slope) + at(mask, shift)),)",
+        "return (_centre(x, mean, mask) * at(mask, slope) + at(mask, shift),)",
         adjoint("moments, mask"),
     ),
     "tangent of the variance not doubled": Mutant(
@@ -106,8 +109,8 @@ OF_PASSES = {
     ),
     "cotangent of the mean square not masked": Mutant(
         PASSES,
-        "return (keep(mask, widen(x) * slope),)",
-        "return (widen(x) * slope,)",
+        "return (keep(mask, _centre(x, None, mask) * at(mask, slope)),)",
+        "return (_centre(x, None, mask) * at(mask, slope),)",
         adjoint("moments, masked mean square"),
     ),
     "tangent of the mean dropped": Mutant(
@@ -130,8 +133,8 @@ OF_PASSES = {
     ),
     "count ignores the mask": Mutant(
         PASSES,
-        "count = jnp.sum(jnp.broadcast_to(mask, shape),",
-        "count = jnp.sum(jnp.ones(shape, bool),",
+        "return jnp.sum(jnp.broadcast_to(mask, shape),",
+        "return jnp.sum(jnp.ones(shape, bool),",
         contract("BatchNorm-masks"),
     ),
     "sums not over the group of channels": Mutant(
@@ -913,6 +916,27 @@ OF_THE_REST = {
     ),
 }
 
+OF_ANALYSIS = {
+    "gradients of the rows of another condition": Mutant(
+        BALANCE,
+        "g[i] if name in rows",
+        "g[0] if name in rows",
+        some("analysis/test_balance.py", "test_oracle"),
+    ),
+    "the loss of all conditions instead of one": Mutant(
+        BALANCE,
+        "(jnp.arange(len(found)) == i)",
+        "(jnp.arange(len(found)) >= i)",
+        some("analysis/test_balance.py", "test_gradients_of_a_condition"),
+    ),
+    "mean cosine with gradients that have no direction": Mutant(
+        BALANCE,
+        "jnp.mean(cosines, where=pairs)",
+        "jnp.mean(cosines)",
+        some("analysis/test_balance.py", "no_direction"),
+    ),
+}
+
 OF_THE_SEAM = {
     "pooled statistics forget what rounding loses": Mutant(
         RUNNING,
@@ -976,7 +1000,7 @@ OF_THE_SEAM = {
     ),
     "a gate that is not masked": Mutant(
         LAYER,
-        "gate, _ = passes.inputs(self, _as_gate(self, gate, x), mask)",
+        "gate, _ = passes.inputs(self, _as_gate(self, gate, x), valid)",
         "gate, _ = passes.inputs(self, _as_gate(self, gate, x), None)",
         some("methods/test_rows.py", "masked_positions"),
     ),
@@ -1107,7 +1131,148 @@ OF_CONDITIONS = {
     ),
 }
 
+OF_WEIGHTS = {
+    "weights that only mask": Mutant(
+        VARIANCE,
+        "return x * mask if is_weighted(mask)",
+        "return jnp.where(mask > 0, x, 0) if is_weighted(mask)",
+        some("test_weights.py", "repeat_rows"),
+    ),
+    "a sum of weights below one divided by one": Mutant(
+        STATISTICS,
+        "jnp.where(count > 0, count, jnp.ones((), count.dtype))",
+        "jnp.maximum(count, 1)",
+        some("test_weights.py", "one_weight_for_all"),
+    ),
+    "pooled statistics of small weights": Mutant(
+        RUNNING,
+        "share = n / statistics.divisor(count)",
+        "share = n / jnp.maximum(count, 1)",
+        some("test_weights.py", "pooled_and_merged"),
+    ),
+    "unbiased variance of small weights": Mutant(
+        RUNNING,
+        "var * jnp.maximum(new.count, 1) / jnp.maximum(new.count - 1, 1)",
+        "var * new.count / jnp.maximum(new.count - 1, 1)",
+        some("test_weights.py", "unbiased_variance"),
+    ),
+    "a gradient of weights": Mutant(
+        PASSES,
+        "lax.stop_gradient(weights).astype(wide(x.dtype))",
+        "weights.astype(wide(x.dtype))",
+        some("test_weights.py", "hold_weights_constant"),
+    ),
+    "traced weights that are negative count": Mutant(
+        CHECKS,
+        "jnp.where((value > 0) & (value < jnp.inf), value, 0)",
+        "jnp.abs(value)",
+        some("test_weights.py", "traced_count_as_zero"),
+    ),
+    "concrete weights not looked at": Mutant(
+        CHECKS,
+        "if value is not None and not _all(value, lambda a: (a >= 0) & (a < np.inf)):",
+        "if False:",
+        some("test_weights.py", "bad_weights"),
+    ),
+    "weights on TPUs about zero": Mutant(
+        VARIANCE,
+        "if is_weighted(mask):\n        return _two_passes(x, mask, n, how)",
+        "if False:\n        return _two_passes(x, mask, n, how)",
+        some("test_weights.py", "other_platforms"),
+    ),
+    "weights forgotten where parts are observed": Mutant(
+        GHOST,
+        "return self.method.observe(x, mask, **inputs)",
+        "return self.method.observe(x, mask)",
+        some("test_weights.py", "weights_of_their_own"),
+    ),
+}
+
+OF_SEGMENTS = {
+    "segments that are not told apart": Mutant(
+        SEGMENTS,
+        "return jnp.where(ids < number, index * number + ids, places * number)",
+        "return jnp.where(ids < number, index * number + 0 * ids, places * number)",
+        some("test_segments.py", "a_loop_over and batch-none"),
+    ),
+    "places of kept axes in the wrong order": Mutant(
+        SEGMENTS,
+        "index = index * shape[i] + lax.broadcasted_iota(ids.dtype, ids.shape, i)",
+        "index = index + lax.broadcasted_iota(ids.dtype, ids.shape, i) * 0",
+        some("test_segments.py", "a_loop_over and instance-none"),
+    ),
+    "a block forgotten": Mutant(
+        SEGMENTS,
+        "return add(totals, *cut(done, rows - done)) if done < rows else totals",
+        "return add(totals, *cut(done, rows - done)) if not done else totals",
+        some("test_segments.py", "alike and 20"),
+    ),
+    "all blocks in one part": Mutant(
+        SEGMENTS,
+        "parts = max(1, min(PARTS, ids.size // (SPARSE * (last + 1))))",
+        "parts = 1",
+        some("test_segments.py", "long_segments"),
+    ),
+    "the mean of segments not corrected": Mutant(
+        VARIANCE,
+        "return mean + gap, jnp.maximum(square - jnp.square(gap), 0)",
+        "return mean, square",
+        some("test_segments.py", "long_segments"),
+    ),
+    "padding read as a segment": Mutant(
+        SEGMENTS,
+        "return jnp.where(mask.ids < mask.number, a, jnp.zeros((), a.dtype))",
+        "return a",
+        some("test_segments.py", "a_loop_over and batch-ids"),
+    ),
+    "products without the padding's zeros": Mutant(
+        SEGMENTS,
+        "wide = [inside(mask, a) for a in full]",
+        "wide = list(full)",
+        some("test_segments.py", "Explicit and batch"),
+    ),
+    "transpose over segments doubled": Mutant(
+        PASSES,
+        "totals = -total * gain, slope, total",
+        "totals = -2 * total * gain, slope, total",
+        adjoint("segments affine"),
+    ),
+    "running statistics averaged over segments": Mutant(
+        BATCH,
+        "absorb = running.absorb if self.num_segments is None else running.absorb_whole",
+        "absorb = running.absorb",
+        some("test_segments.py", "a_loop_over and batch-none"),
+    ),
+    "segments of each device": Mutant(
+        BATCH,
+        "seen = statistics.over_devices(seen, method.axis_name)[0]",
+        "seen = seen",
+        some("test_segments.py", "span_devices and shard_map and batch"),
+    ),
+    "ids not looked at": Mutant(
+        CHECKS,
+        "if not _all(value, lambda a: (a >= -1) & (a < number)):",
+        "if False:",
+        some("test_segments.py", "bad_input"),
+    ),
+    "a mask forgotten beside ids": Mutant(
+        PASSES,
+        "ids, valid = jnp.where(valid, ids, number), None",
+        "valid = None",
+        some("test_segments.py", "a_loop_over and batch-mask"),
+    ),
+    "a mask of values forgotten beside ids": Mutant(
+        PASSES,
+        "weights = valid.astype(wide(x.dtype))",
+        "weights = None",
+        some("test_segments.py", "a_loop_over and batch-mask"),
+    ),
+}
+
 MUTANTS = {
+    **OF_ANALYSIS,
+    **OF_WEIGHTS,
+    **OF_SEGMENTS,
     **OF_THE_SEAM,
     **OF_PASSES,
     **OF_PROGRAMS,

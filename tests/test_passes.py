@@ -16,11 +16,13 @@ from normjax.core import passes
 from normjax.core.compat import plain_derivatives
 from normjax.core.linear import Input, differentiated
 from normjax.core.method import Normalizer
+from normjax.core.segments import Segments
 from normjax.methods.spectral import spatial, transforms
 from normjax.testing import derivative_gaps
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
 SHAPE = (4, 3, 4, 2)
+IDS = np.random.default_rng(2).integers(0, 4, (4, 3, 4, 1)).astype(np.int32)  # 3: in none
 MASK = np.random.default_rng(0).random(SHAPE) < 0.7
 SAMPLES = np.array([1, 0, 1, 1], bool).reshape(4, 1, 1, 1)
 LAYOUT = transforms.Layout(SHAPE, (0,), (1, 2), (3,))
@@ -33,6 +35,15 @@ def draw(seed, *shape):
 
 def moments(x, **how):
     return passes.moments(x, (0, 1, 2), **how)[1:]
+
+
+def of_segments(x, axis=0, weights=None, **how):
+    return passes.moments(x, (0, 1, 2), mask=Segments(IDS, weights, 3, axis), **how)[1:]
+
+
+def segments_affine(activation, x, *small):
+    how = dict(activation=activation, segments=Segments(IDS, None, 3, 1))
+    return passes.affine(x, *small, **how)
 
 
 def rows(activation, x, inverse, scale, bias, mean=None):
@@ -74,6 +85,8 @@ def cases():
     """Name: the function, and the shapes of what it is differentiated by, with seeds."""
     x, row, channel = draw(1, *SHAPE), (*SHAPE[:-1], 1), (1, 1, 1, SHAPE[-1])
     small = [2 + 0.3 * draw(s, *channel) for s in (4, 5, 6)]
+    of_each = [2 + 0.3 * draw(s, 4, 3, 1, SHAPE[-1]) for s in (11, 12)] + [small[2]]
+    row_of = lambda seed: draw(seed, *row)
     along, centre = [2 + 0.3 * draw(7, *row), *small[:2]], draw(3, *row)
     per_sample = [2 + 0.3 * draw(s, SHAPE[0], 1, 1, SHAPE[-1]) for s in (8, 9)]
     constant = draw(10, 2, *channel)
@@ -81,6 +94,19 @@ def cases():
         "drop": (lambda x: jnp.sin(passes.inputs("drop", x, MASK)[0].carrier), x),
         "moments": (moments, x),
         "moments, mask": (functools.partial(moments, mask=jnp.asarray(MASK)), x),
+        "moments, weights": (functools.partial(moments, mask=jnp.abs(row_of(1))), x),
+        "moments, segments": (functools.partial(of_segments, weights=jnp.abs(row_of(2))), x),
+        "moments, segments, mean square": (
+            functools.partial(of_segments, axis=2, centred=False, channel_groups=1),
+            x,
+        ),
+        "segments affine": (functools.partial(segments_affine, None), x, *of_each),
+        "segments affine, relu": (functools.partial(segments_affine, jax.nn.relu), x, *of_each),
+        "segments affine, softmax": (
+            functools.partial(segments_affine, jax.nn.softmax),
+            x,
+            *of_each,
+        ),
         "moments, mean square": (functools.partial(moments, centred=False), x),
         "moments, masked mean square": (
             functools.partial(moments, centred=False, mask=jnp.asarray(MASK)),

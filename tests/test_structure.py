@@ -23,7 +23,7 @@ LAYERS = [
     ["core.checks", "core.sharding"],
     ["core.gpu", "core.groups"],
     ["core.cpu", "core.method", "core.statistics"],
-    ["core.fields", "core.linear", "core.tracing"],
+    ["core.fields", "core.linear", "core.segments", "core.tracing"],
     ["core.variance", "core.roots"],
     ["core.passes", "core.running"],
     ["core.seam"],

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import speed
+from benchmarks import inputs, speed
 from benchmarks.compilers.targets import Compiler, placed
 from benchmarks.split import Passes
 
@@ -35,6 +35,8 @@ CASES = {
     "BatchNorm, GhostNoise, Affine": MAPS[-1:],
     "SpectralBatchNorm": MAPS[-1:],
     "SpectralBatchNorm, half": MAPS[-1:],
+    "LayerNorm, residual": ROWS[-1:],
+    "RMSNorm, residual": ROWS[-1:],
 }
 DTYPES = ("bfloat16", "float32")
 SINGLE = ("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
@@ -45,13 +47,15 @@ def bound(method: str) -> dict[str, int]:
 
     Where the values of one statistic fit on the chip, x is read once, and y or dx written. Where
     they cross samples, x is read for the statistics, and x and the cotangent for their sums, first.
-    One program that knows the cotangent takes all sums in one read, then writes y and dx.
+    One program that knows the cotangent takes all sums in one read, then writes y and dx. A norm of
+    the sum of x and a residual reads both and writes the sum too.
 
     Example:
       >>> bound("BatchNorm")
       {'forward': 3, 'residuals': 3, 'backward': 5, 'both': 6}
     """
     least = (2, 2, 3, 4) if method in SINGLE else (3, 3, 5, 6)
+    least = (4, 4, 3, 6) if method.endswith("residual") else least
     return dict(zip(PASSES, least, strict=True))
 
 
@@ -98,6 +102,10 @@ def measure(compiler: Compiler, method: str, shape: tuple[int, ...], dtype: str)
 
 def arms(method: str, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
     """Parameters, what else there is, and `apply(params, rest, x) -> (y, new)` of each peer."""
+    if method in inputs.CASES:
+        found = inputs.programs(method, shape, dtype)
+        every = lambda run: lambda variables, _, x: run(variables, x, None)
+        return {name: (variables, (), every(run)) for name, (variables, run) in found.items()}
     programs = speed.programs(method, shape[1:-1], shape[-1], jnp.dtype(dtype))
     variables, flax = programs["flax"]
     others = {name: tree for name, tree in variables.items() if name != "params"}

@@ -191,7 +191,7 @@ def as_features(name: str, value: Features) -> tuple[int, ...]:
     return tuple(map(int, shape))
 
 
-def as_real(name: str, x: Any) -> jax.Array:
+def as_real(name: str, x: Any, what: str = "the input has") -> jax.Array:
     """`x` as a real floating array, integers as float32; TypeError for any other input."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.floating):
@@ -199,7 +199,7 @@ def as_real(name: str, x: Any) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x.astype(jnp.float32)
     hint = " Normalize real and imaginary parts as two features." if x.dtype.kind == "c" else ""
-    raise TypeError(f"{name}: the input has dtype {x.dtype}, but real numbers are needed.{hint}")
+    raise TypeError(f"{name}: {what} dtype {x.dtype}, but real numbers are needed.{hint}")
 
 
 def as_axes(name: str, field: str, value: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -221,17 +221,88 @@ def as_mask(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array | None:
     if not (value.dtype == jnp.bool_ or jnp.issubdtype(value.dtype, jnp.integer)):
         raise TypeError(
             f"{name}: the mask has dtype {value.dtype}, but is True (or not 0) where a position "
-            "counts. There are no `weights` of samples: give `mask != 0` if the numbers are none."
+            "counts. Numbers that weigh positions are `weights`, where a method takes them; give "
+            "`mask != 0` if they are none."
         )
+    value = value if value.dtype == jnp.bool_ else value != 0
+    return _of_rank(name, "a mask", "A mask", value, shape)
+
+
+def _of_rank(name, one, many, value, shape):
+    """`value` with axes of size one in front; ValueError unless it broadcasts to `shape`."""
     lacking = len(shape) - value.ndim
     pairs = zip(value.shape, shape[max(lacking, 0) :], strict=False)  # sizes may be symbolic
     if lacking < 0 or not all(n == m or n == 1 for n, m in pairs):
+        verb = "does" if one.startswith("a ") else "do"
         raise ValueError(
-            f"{name}: a mask of shape {value.shape} does not broadcast to the input's shape "
-            f"{shape}. A mask of samples or positions needs trailing axes of size one."
+            f"{name}: {one} of shape {value.shape} {verb} not broadcast to the input's shape "
+            f"{shape}. {many} of samples or positions need{'s' if verb == 'does' else ''} trailing "
+            "axes of size one."
         )
-    value = value if value.dtype == jnp.bool_ else value != 0
     return jnp.expand_dims(value, tuple(range(lacking)))
+
+
+def as_weights(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    """`value` as numbers of rank `len(shape)`, zero where a traced one is not finite and positive.
+
+    TypeError for other dtypes; ValueError if too large, or for concrete ones that do not count.
+    """
+    if value is None:
+        return None
+    require_weights(name, value)
+    value = as_real(name, value, "weights have")
+    value = _of_rank(name, "weights", "Weights", value, shape)
+    return jnp.where((value > 0) & (value < jnp.inf), value, 0)
+
+
+def require_weights(name: str, value: Any) -> None:
+    """ValueError for concrete weights that are negative or not finite."""
+    if value is not None and not _all(value, lambda a: (a >= 0) & (a < np.inf)):
+        raise ValueError(
+            f"{name}: weights are negative or not finite, but say how much a position counts. "
+            "Give 0 for those that do not count."
+        )
+
+
+def as_segment_ids(
+    name: str, value: Any, number: int | None, shape: tuple[int, ...]
+) -> jax.Array | None:
+    """`value` as int32 of rank `len(shape)`, and `number` where it is in none of the segments.
+
+    TypeError for other dtypes; ValueError if too large, without `number`, or if only that is given.
+    """
+    require_segment_ids(name, value, number)
+    if value is None or number is None:
+        return None
+    value = jnp.asarray(value)
+    value = value.astype(jnp.int32) if value.dtype.itemsize < 4 else value
+    value = _of_rank(name, "segment_ids", "Ids", value, shape)
+    return jnp.where((value >= 0) & (value < number), value, number).astype(jnp.int32)
+
+
+def require_segment_ids(name: str, value: Any, number: int | None) -> None:
+    """An error for ids without a number of segments, or the reverse, and for concrete bad ids."""
+    if (value is None) != (number is None):
+        given = "was given without" if number is None else "is None, but the method has"
+        raise ValueError(
+            f"{name}: segment_ids {given} num_segments, the largest number of segments: a field of "
+            "the method, which is static. Give both or neither."
+        )
+    if value is None or number is None:
+        return
+    dtype = jnp.result_type(value)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{name}: segment_ids have dtype {dtype}, but are integers.")
+    if not _all(value, lambda a: (a >= -1) & (a < number)):
+        raise ValueError(
+            f"{name}: segment_ids are not all in [0, num_segments={number}), or -1 for padding."
+        )
+
+
+def _all(value, holds):
+    """Whether `holds` of all numbers, as far as they are known here."""
+    known = not is_traced(value) and getattr(value, "is_fully_addressable", True)
+    return not known or bool(np.all(holds(np.asarray(value))))
 
 
 def require_features(name: str, field: str, at: Any, shape: Any, arrays: Sequence[Any]) -> None:
@@ -259,6 +330,16 @@ def require_positions(method: Any, reduced: Sequence[int], shape: tuple[int, ...
     if not reduced and method.axis_name is None:
         name = type(method).__name__
         raise ValueError(f"{name}: input of shape {shape} has no axis to take statistics over.")
+
+
+def segment_axis(method: Any, axes: Sequence[int], shape: Any) -> int:
+    """The first of the `axes` that are reduced and have no scale; ValueError without any."""
+    if not axes:
+        raise ValueError(
+            f"{type(method).__name__}: num_segments with an input of shape {shape}: segments are "
+            "of the positions of an axis that is reduced and has no scale, and there is none."
+        )
+    return axes[0]
 
 
 def require_several_values(method: Any, sizes: Sequence[int], shape: Any, instead: str) -> None:

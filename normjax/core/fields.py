@@ -27,8 +27,9 @@ class Configuration:
     def check_training(self, x: Any) -> None:
         """ValueError for an input `x` of which training would make nothing; none by default."""
 
-    def check_inputs(self, **inputs: Any) -> None:
-        """ValueError for values of further inputs that do not fit, where known; none by default."""
+    def check_inputs(self, *, weights: Any = None, **inputs: Any) -> None:
+        """ValueError for values of further inputs that do not fit, where they are known."""
+        checks.require_weights(type(self).__name__, weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,18 @@ class ReductionFields(StatisticsFields):
 
     reduction_axes: Axes = field(-1, checks.integers)
     feature_axes: Axes = field(-1, checks.integers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentFields(Configuration):
+    """How many segments an input may have whose positions share statistics."""
+
+    num_segments: int | None = field(None, COUNT)
+
+    def check_inputs(self, *, segment_ids: Any = None, **inputs: Any) -> None:
+        """An error for ids of segments that there are none of, where they are known."""
+        checks.require_segment_ids(type(self).__name__, segment_ids, self.num_segments)
+        super().check_inputs(**inputs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,11 @@ def traits(method: Any) -> Traits:
     return getattr(method, "traits", Traits())
 
 
+def of_statistics(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the further inputs of `apply` that say how positions count: `observe` takes them."""
+    return {name: inputs[name] for name in ("weights", "segment_ids") if name in inputs}
+
+
 def feature_axes(method: Any) -> Axes:
     """The axes for whose sizes `init` makes parameters; the last if the method names none."""
     return getattr(method, "feature_axes", getattr(method, "axis", -1))

@@ -18,9 +18,10 @@ Every pass takes the tangent of a wide carrier of `x` and returns its cotangent 
 so that a method whose input meets several passes rounds the gradient once.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,21 @@ from normjax.core import checks
 from normjax.core.cpu import fence, positive, sums_of
 from normjax.core.linear import Input, differentiated
 from normjax.core.method import Normalizer
+from normjax.core.segments import Segments, at, inside, sums
 from normjax.core.sharding import align, place_like, spec
-from normjax.core.statistics import Moments
-from normjax.core.structs import Mask
-from normjax.core.variance import average, keep, mean_and_variance, pool, wide, widen
+from normjax.core.statistics import Moments, divisor
+from normjax.core.variance import (
+    average,
+    is_weighted,
+    keep,
+    mean_and_variance,
+    mean_square,
+    pool,
+    wide,
+    widen,
+)
+
+POINTWISE = jax.nn.relu, jax.nn.sigmoid, jax.nn.silu  # known to mix no positions
 
 
 def as_wide(x: jax.Array | Input, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -41,14 +53,37 @@ def as_wide(x: jax.Array | Input, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(a.astype(wide(x.dtype)) for a in arrays)
 
 
-def inputs(method: Any, x: Any, mask: Any) -> tuple[Any, Mask]:
-    """The checked mask and `Input`, which is zero where masked: no gradient sees the padding."""
+def inputs(
+    method: Any,
+    x: Any,
+    mask: Any,
+    weights: Any = None,
+    segment_ids: Any = None,
+) -> tuple[Any, Any]:
+    """`Input`, which is zero where masked: no gradient sees the padding; and how positions count.
+
+    That is None, a mask, weights as a floating array, or `Segments`: their passes take `x` for zero
+    in no segment, which saves one that makes it so.
+    """
     if isinstance(x, Input):  # from an earlier call
         return x, mask
-    name = type(method).__name__
+    name, number = type(method).__name__, cast(int, getattr(method, "num_segments", None))
     x = checks.as_real(name, x)
     mask = checks.as_mask(name, mask, x.shape)
-    return carried(x if mask is None else _drop(x, mask)), mask
+    weights = checks.as_weights(name, weights, x.shape)
+    ids = checks.as_segment_ids(name, segment_ids, number, x.shape)
+    valid = mask
+    if weights is not None:
+        weights = keep(mask, lax.stop_gradient(weights).astype(wide(x.dtype)))
+        valid = weights > 0
+    count: Any = mask if weights is None else weights
+    if ids is not None:
+        if valid is not None and jnp.broadcast_shapes(valid.shape, ids.shape) == ids.shape:
+            ids, valid = jnp.where(valid, ids, number), None
+        if weights is None and valid is not None:
+            weights = valid.astype(wide(x.dtype))
+        count = Segments(ids, weights, number, method.segment_axis(x))
+    return carried(x if valid is None else _drop(x, valid)), count
 
 
 def carried(x: jax.Array | Input) -> Input:
@@ -75,26 +110,29 @@ def moments(
     x: jax.Array | Input,
     axes: tuple[int, ...],
     *,
-    mask: Mask = None,
+    mask: Any = None,
     centred: bool = True,
     channel_groups: int | None = None,
 ) -> Moments:
     """Count, mean and population variance of `x` over `axes`, which stay as size one.
 
-    Where `mask` is False a position does not count. `centred=False` gives mean zero and the mean
-    square. With `channel_groups`, statistics are also over each of so many groups of consecutive
-    positions of the last axis, which keeps its size: every position has those of its group.
+    Where `mask` is False a position does not count; weights count as they are, and of `Segments`
+    there are moments of each, on their axis. `centred=False` gives mean zero and the mean square.
+    With `channel_groups`, statistics are also over each of so many groups of consecutive positions
+    of the last axis, which keeps its size: every position has those of its group.
     """
     dtype = wide(x.dtype)
     if mask is None:
         shape = (1,) * (x.ndim - 1) + (x.shape[-1] if channel_groups else 1,)
         count = jnp.full(shape, math.prod(x.shape[i] for i in axes), dtype)
     else:
+        of = mask.ids if isinstance(mask, Segments) else mask
         kept = x.ndim - 1 if channel_groups else None
-        shape = [n if i in (*axes, kept) else mask.shape[i] for i, n in enumerate(x.shape)]
-        count = jnp.sum(jnp.broadcast_to(mask, shape), axes, dtype=dtype, keepdims=True)
+        shape = [n if i in (*axes, kept) else of.shape[i] for i, n in enumerate(x.shape)]
+        count = _number(mask, shape, axes, dtype)
     count = pool(count, channel_groups)
-    how, n = (axes, channel_groups), jnp.maximum(count, 1)
+    fractions = isinstance(mask, Segments) or is_weighted(mask)
+    how, n = (axes, channel_groups), divisor(count) if fractions else jnp.maximum(count, 1)
     if centred:
         mean, var = _mean_var(carried(x), mask, n, how)
     else:
@@ -103,9 +141,20 @@ def moments(
     return Moments(jnp.broadcast_to(count, mean.shape), *align(mean, var))
 
 
+def _number(mask, shape, axes, dtype):
+    """How many positions of `shape` count, by their weights, over `axes`."""
+    if not isinstance(mask, Segments):
+        return jnp.sum(jnp.broadcast_to(mask, shape), axes, dtype=dtype, keepdims=True)
+    one = jnp.ones((), dtype) if mask.weights is None else mask.weights
+    (count,) = sums(
+        None, axes, mask, [jnp.broadcast_to(one, jnp.broadcast_shapes(one.shape, shape))]
+    )
+    return count
+
+
 def _mean_var_tangent(how, saved, tangents):
     (x, mean, mask, n), (dx,) = saved, tangents
-    dvar = 2 * average((widen(x) - mean) * widen(dx), mask, n, how)
+    dvar = 2 * average(_centre(x, mean, mask) * widen(dx), mask, n, how)
     return align(average(widen(dx), mask, n, how), dvar)
 
 
@@ -113,7 +162,7 @@ def _mean_var_transpose(how, saved, cotangents):
     x, mean, mask, n = saved
     shift, slope = (pool(c / n, how[1]) for c in cotangents)
     x, mean, shift, slope = fence(x, mean, shift, 2 * slope)
-    return (keep(mask, (widen(x) - mean) * slope + shift),)
+    return (keep(mask, _centre(x, mean, mask) * at(mask, slope) + at(mask, shift)),)
 
 
 @differentiated(
@@ -129,18 +178,18 @@ def _mean_var(x, mask, n, how):
 
 def _mean_square_tangent(how, saved, tangents):
     (x, mask, n), (dx,) = saved, tangents
-    return 2 * average(widen(x) * widen(dx), mask, n, how)
+    return 2 * average(_centre(x, None, mask) * widen(dx), mask, n, how)
 
 
 def _mean_square_transpose(how, saved, g):
     x, mask, n = saved
     x, slope = fence(x, 2 * pool(g / n, how[1]))
-    return (keep(mask, widen(x) * slope),)
+    return (keep(mask, _centre(x, None, mask) * at(mask, slope)),)
 
 
 @differentiated(_mean_square_tangent, _mean_square_transpose, static=1, moving=1)
 def _mean_square(x, mask, n, how):
-    return average(jnp.square(widen(*fence(x))), mask, n, how)
+    return mean_square(x, mask, n, how)
 
 
 @differentiated(
@@ -162,11 +211,13 @@ def apply(
     activation: Callable | None = None,
     dtype: Any = None,
     gate: tuple[jax.Array | Input, Callable | None] | None = None,
+    mask: Any = None,
 ) -> jax.Array:
     """Applies `normalizer`, whose arrays may have the shape of the axes `features` of `x`.
 
     Computed wide; the output has `dtype`, or that of `x`. A `gate` is an array of the shape of `x`
-    and a function of it, by which the output is multiplied.
+    and a function of it, by which the output is multiplied. If `mask` are `Segments`, mean and
+    inverse may be theirs; in none the output is `activation(0)`.
     """
     work = wide(x.dtype)
     x = carried(x)
@@ -175,17 +226,20 @@ def apply(
         if inverse.shape == scale.shape and spec(inverse) == spec(scale):
             # Before both get the rank of `x`: reverse mode keeps the factors as it has them.
             inverse, scale = inverse * scale, None
+    segments = mask if isinstance(mask, Segments) else None
+    whole = None if segments is None else segments.axis
     mean, inverse, scale, bias = (
-        None if a is None else place_like(lift(a, features, x.ndim), x.value)
+        None if a is None else place_like(lift(a, features, x.ndim), x.value, whole)
         for a in (mean, inverse, scale, bias)
     )
     if inverse is None:
         inverse, scale = (jnp.ones((1,) * x.ndim, work) if scale is None else scale), None
     learned = [a.shape for a in (scale, bias) if a is not None]
     shape = jnp.broadcast_shapes(inverse.shape, *learned)
-    if gate is None and (shape == inverse.shape or shape != x.shape):
+    if gate is None and (segments or shape == inverse.shape or shape != x.shape):
         gain = inverse if scale is None else inverse * scale
-        return affine(x, mean, gain, bias, activation=activation, dtype=dtype)
+        how: Any = dict(activation=activation, dtype=dtype, segments=segments)
+        return affine(x, mean, gain, bias, **how)
     smaller = jnp.broadcast_shapes((1,) * x.ndim, *learned)
     scale = jnp.ones(smaller, work) if scale is None else scale
     if gate is not None:
@@ -202,12 +256,15 @@ def affine(
     *,
     activation: Callable | None = None,
     dtype: Any = None,
+    segments: Segments | None = None,
 ) -> jax.Array:
     """`activation((x - mean) * gain + bias)`; every array has the rank of `x` (None: zero)."""
-    mean, bias = (jnp.zeros_like(gain) if a is None else a for a in (mean, bias))
-    x = carried(x)
-    small = (place_like(a.astype(wide(x.dtype)), x.value) for a in (mean, gain, bias))
-    return _affine(x, *small, activation, output_dtype(dtype, x))
+    zeros = lambda: jnp.zeros_like(gain) if segments is None else jnp.zeros((1,) * x.ndim)
+    mean, bias = (zeros() if a is None else a for a in (mean, bias))
+    x, whole = carried(x), None if segments is None else segments.axis
+    small = (place_like(a.astype(wide(x.dtype)), x.value, whole) for a in (mean, gain, bias))
+    mean, gain, bias = small
+    return _affine(x, mean, gain, bias, segments, activation, output_dtype(dtype, x))
 
 
 def lift(a: jax.Array, features: tuple[int, ...], rank: int) -> jax.Array:
@@ -267,13 +324,18 @@ def activation_cotangent(
 
 
 def _affine_tangent(activation, dtype, saved, tangents):
-    (x, mean, gain, bias), (dx, dmean, dgain, dbias) = saved, tangents
-    centred = widen(x) - mean
+    (x, *small, segments), (dx, *moved) = saved, tangents
+    mean, gain, bias, dmean, dgain, dbias = (at(segments, a) for a in (*small, *moved))
+    centred = _centre(x, None, segments) - mean
     dz = (widen(dx) - dmean) * gain + centred * dgain + dbias
-    return activation_tangent(activation, centred * gain + bias, dz).astype(dtype)
+    z, dz = (inside(segments, a) for a in (centred * gain + bias, dz))
+    return activation_tangent(activation, z, dz).astype(dtype)
 
 
 def _affine_transpose(activation, _, saved, g):
+    *saved, segments = saved
+    if segments is not None:
+        return _segments_transpose(activation, saved, segments, g)
     small = saved[1:]
     zero = jnp.zeros(jnp.broadcast_shapes(*(a.shape for a in small)), small[1].dtype)
 
@@ -303,14 +365,51 @@ def _totals(values, activation, shape, *arrays):
     return totals
 
 
-@differentiated(_affine_tangent, _affine_transpose, static=2)
-def _affine(x, mean, gain, bias, activation, dtype):
+def _segments_transpose(activation, saved, segments, g):
+    x, mean, gain, bias = saved
+    small, shape = saved[1:], jnp.broadcast_shapes(mean.shape, gain.shape, bias.shape)
+    zero = jnp.zeros((1,) * x.ndim, gain.dtype)
+
+    def before(h, x, mean, gain, bias, zero, activation):
+        """Cotangent before the activation, and the centred input."""
+        centred = widen(x) - mean
+        return activation_cotangent(activation, centred * gain + bias, widen(h), zero), centred
+
+    def both(activation, h, x, mean, gain, bias):
+        zero = jnp.zeros((1,) * x.ndim, gain.dtype)
+        h, centred = before(h, x, mean, gain, bias, zero, activation)
+        return h, centred * h
+
+    def whole(g, x, mean, gain, bias, zero):
+        mean, gain, bias = (at(segments, a) for a in (mean, gain, bias))
+        x = inside(segments, x)
+        return inside(segments, before(g, x, mean, gain, bias, zero, activation)[0])
+
+    pointwise = activation in (None, *POINTWISE)  # others may mix positions
+    if pointwise:
+        h = g
+    else:
+        h = whole(*fence(g, x, mean, gain, bias, zero))
+    values = functools.partial(both, activation if pointwise else None)
+    over = set(_lacking(shape, x.shape)) | {segments.axis}
+    total, slope = sums(values, tuple(sorted(over)), segments, (h, x), small)
+    *arrays, slope = fence(g, x, mean, gain, bias, zero, slope, last=True)
+    dx = whole(*arrays) * at(segments, arrays[3])
+    totals = -total * gain, slope, total
+    return dx, *(_sum_to(a, b.shape) for a, b in zip(totals, small, strict=True))
+
+
+@differentiated(_affine_tangent, _affine_transpose, static=2, moving=4)
+def _affine(x, mean, gain, bias, segments, activation, dtype):
     x, mean, gain, bias = fence(x, mean, gain, bias)
-    return activate(activation, (widen(x) - mean) * gain + bias).astype(dtype)
+    mean, gain, bias = (at(segments, a) for a in (mean, gain, bias))
+    z = inside(segments, (_centre(x, None, segments) - mean) * gain + bias)
+    return activate(activation, z).astype(dtype)
 
 
-def _centre(x, mean):
-    return widen(x) if mean is None else widen(x) - mean
+def _centre(x, mean, mask=None):
+    x = inside(mask, widen(x))
+    return x if mean is None else x - at(mask, mean)
 
 
 def _plus(z, bias):
@@ -358,7 +457,7 @@ def _rows_transpose(activation, _, saved, g):
     arrays = fence(*whole, dscale)[: len(whole)]
     dx = before(*arrays)[0] * arrays[2] * arrays[3]
     dmean = -total[0] * inverse if total else None
-    dbias = _sum_to(dbias[0], bias.shape) if dbias else None
+    dbias = None if bias is None else _sum_to(dbias[0], bias.shape)
     return dx, dmean, slope, _sum_to(dscale, scale.shape), dbias
 
 

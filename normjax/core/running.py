@@ -61,7 +61,8 @@ def _absorb(method, state, seen):
     new, valid = measured(method, seen, state.mean)
     var, count = new.var, None
     if method.unbiased_running_var:
-        var = var * new.count / jnp.maximum(new.count - 1, 1)
+        # Of a sum of weights below two, less than n / (n - 1), and of one at most one, nothing.
+        var = var * jnp.maximum(new.count, 1) / jnp.maximum(new.count - 1, 1)
     if state.count is not None:
         count = state.count + jnp.any(valid).astype(state.count.dtype)
     if state.pool is not None:
@@ -114,7 +115,7 @@ def _pooled(state, new, valid):
     pool = state.pool
     mean, var, n = (a.astype(state.mean.dtype) for a in (new.mean, new.var, new.count))
     count, count_rest = _add(pool.count, pool.count_rest, n)
-    share = n / jnp.maximum(count, 1)
+    share = n / statistics.divisor(count)
     gap = (mean - state.mean) - pool.mean_rest
     slope = (var - state.var) - pool.var_rest + (1 - share) * jnp.square(gap)
     mean, mean_rest = _add(state.mean, pool.mean_rest, share * gap)

@@ -20,6 +20,8 @@ def apply(
     *,
     train: bool,
     mask: Mask = None,
+    weights: Any = None,
+    segment_ids: Any = None,
     key: Key = None,
     **inputs: Any,
 ) -> tuple[jax.Array, Any]:
@@ -30,16 +32,26 @@ def apply(
     Args:
       mask: broadcasts to `x`; positions where it is False do not enter the statistics, and nothing
         of them, NaN included, reaches the output at other positions or any gradient.
+      weights: how much a position counts in the statistics, and in nothing else: numbers >= 0 that
+        broadcast to `x`, of which a mask is the case 0 and 1; constants of the backward pass. All
+        times one factor they change no output; the count of the statistics is their sum. Negative
+        ones and those that are not finite are a ValueError, and where they are traced count as 0.
+      segment_ids: which positions share statistics, where `num_segments` is set: integers in
+        [0, num_segments), in any order, that broadcast to `x`. A statistic is that of the positions
+        of its axes with one id. Segments may be empty. Positions with the id -1 are masked, and
+        their output is `activation(0)`; other ids are a ValueError, and where they are traced are
+        as -1.
       key: draws random numbers in training, where the method is random.
       **inputs: further inputs, by the names in the method's traits.
     """
-    x, mask = passes.inputs(self, x, mask)
+    x, mask = passes.inputs(self, x, mask, weights, segment_ids)
     if not train:
         return evaluate(self, params, state, x, mask, **inputs), state
     at = require_variables(self, params, state, x)
     seen = self.observe(x, mask)
     normalizer = self.coefficients(params, state, seen, key=key, **inputs)
-    y = passes.apply(x, normalizer, at, activation=self.epilogue(), dtype=self.dtype)
+    how: Any = dict(activation=self.epilogue(), dtype=self.dtype, mask=mask)
+    y = passes.apply(x, normalizer, at, **how)
     return y, self.absorb(state, seen)
 
 
@@ -48,7 +60,8 @@ def evaluate(method: Any, params: Any, state: Any, x: Any, mask: Mask, **inputs:
     x, mask = passes.inputs(method, x, mask)
     at = require_variables(method, params, state, x)
     normalizer = method.evaluation(params, state, x, mask, **inputs)
-    return passes.apply(x, normalizer, at, activation=method.epilogue(), dtype=method.dtype)
+    how: Any = dict(activation=method.epilogue(), dtype=method.dtype, mask=mask)
+    return passes.apply(x, normalizer, at, **how)
 
 
 def require_variables(method: Any, params: Any, state: Any, x: Any) -> tuple[int, ...]:

@@ -33,7 +33,11 @@ def place(a: jax.Array, parts: tuple[Any, ...], like: Any) -> jax.Array:
     return jax.sharding.reshard(a, NamedSharding(mesh, PartitionSpec(*parts)))
 
 
-def place_like(a: jax.Array, x: jax.Array) -> jax.Array:
-    """`a`, which has the rank of `x` and broadcasts to it, sharded as `x` where it is as large."""
-    sizes = zip(a.shape, x.shape, spec(x), strict=True)
-    return place(a, tuple(part if n == m != 1 else None for n, m, part in sizes), like=x)
+def place_like(a: jax.Array, x: jax.Array, whole: int | None = None) -> jax.Array:
+    """`a`, which has the rank of `x` and broadcasts to it, sharded as `x` where it is as large.
+
+    Not so along the axis `whole`.
+    """
+    sizes = enumerate(zip(a.shape, x.shape, spec(x), strict=True))
+    parts = (part if n == m != 1 and i != whole else None for i, (n, m, part) in sizes)
+    return place(a, tuple(parts), like=x)

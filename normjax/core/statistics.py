@@ -65,11 +65,16 @@ def whole(seen: Any) -> Any:
     return Moments(*seen[:3]) if isinstance(seen, Parted) else seen
 
 
+def divisor(count: jax.Array) -> jax.Array:
+    """`count`, which may be a sum of small weights, or one where nothing entered."""
+    return jnp.where(count > 0, count, jnp.ones((), count.dtype))
+
+
 def merge(parts: Statistics, axis: int = 0) -> Statistics:
     """Statistics of the union of the values whose statistics lie along `axis`, which is dropped."""
     count, means, seconds = parts
     total = count.sum(axis, keepdims=True)
-    safe = jnp.maximum(total, 1)
+    safe = divisor(total)
     near = means.sum(axis, keepdims=True) / max(means.shape[axis], 1)
     weighted = (_weight(count, means) * (means - near)).sum(axis, keepdims=True)
     mean = near + weighted / _weight(safe, near)
@@ -150,7 +155,7 @@ def gather(part: Tree, axis_name: AxisName) -> Tree:
 
 def _in_two_steps(part, axis_name):
     count, total = lax.psum((part[0], _weight(part[0], part[1]) * part[1]), axis_name)
-    safe = jnp.maximum(count, 1)
+    safe = divisor(count)
     mean = total / _weight(safe, total)
     second = _weight(part[0], part[2]) * (part[2] + _square(part, part[1] - mean))
     return type(part)(count, mean, lax.psum(second, axis_name) / _weight(safe, second))

@@ -14,6 +14,7 @@ loop that else runs no times sums about the mean, in blocks.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -25,8 +26,8 @@ from jax import lax
 from normjax.core import compat, gpu, groups
 from normjax.core.compat import is_plain
 from normjax.core.cpu import at_front, fence, is_unfenced, sums_of, unfenced
+from normjax.core.segments import Segments, inside, sums
 from normjax.core.sharding import align, spec
-from normjax.core.structs import Mask
 
 SHARE = 64  # the centre is the mean of one in so many positions
 NEAR = 64  # cancellation in the variance costs at most so many roundings
@@ -45,9 +46,21 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(wide(x.dtype))
 
 
-def keep(mask: Mask, x: jax.Array) -> jax.Array:
-    """`x` where `mask` (None: everywhere), else zero; linear in `x` and its own transpose."""
-    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
+def keep(mask: Any, x: jax.Array) -> jax.Array:
+    """`x` where `mask` (None: everywhere), else zero; linear in `x` and its own transpose.
+
+    A mask of floating numbers holds weights, with which `x` is multiplied; it may be `Segments`.
+    """
+    if isinstance(mask, Segments):
+        return keep(mask.weights, inside(mask, x))
+    if mask is None:
+        return x
+    return x * mask if is_weighted(mask) else jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def is_weighted(mask: Any) -> bool:
+    """Whether positions count by the numbers of a floating array."""
+    return mask is not None and jnp.issubdtype(mask.dtype, jnp.floating)
 
 
 def pool(a: jax.Array, channel_groups: int | None) -> jax.Array:
@@ -59,16 +72,21 @@ def pool(a: jax.Array, channel_groups: int | None) -> jax.Array:
     return groups.join(total, a.ndim - 1, like=a)
 
 
-def average(a: jax.Array, mask: Mask, n: jax.Array, how: How) -> jax.Array:
+def average(a: jax.Array, mask: Any, n: jax.Array, how: How) -> jax.Array:
     """Sum of `a` where `mask`, over what `how` says, divided by `n`."""
     axes, channel_groups = how
+    if isinstance(mask, Segments):
+        bare = dataclasses.replace(mask, weights=None)
+        return _averages(None, keep(mask.weights, a), bare, n, how)[0]
     return pool(jnp.sum(keep(mask, a), axes, keepdims=True), channel_groups) / n
 
 
 def mean_and_variance(
-    x: jax.Array, mask: Mask, n: jax.Array, how: How
+    x: jax.Array, mask: Any, n: jax.Array, how: How
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and population variance of `x`, of which `n` values count; not differentiated."""
+    if isinstance(mask, Segments):
+        return _of_segments(x, mask, n, how)
     if is_plain():
         return _two_passes(x, mask, n, how)
     arrays = (x, n) if mask is None else (x, n, mask)
@@ -88,6 +106,36 @@ def _two_passes(x, mask, n, how):
     return mean, pool(square, channel_groups) / n
 
 
+def mean_square(x: jax.Array, mask: Any, n: jax.Array, how: How) -> jax.Array:
+    """Mean square of `x`, of which `n` values count; not differentiated."""
+    if isinstance(mask, Segments):
+        return _averages(lambda x: (jnp.square(x),), x, mask, n, how)[0]
+    return average(jnp.square(widen(*fence(x))), mask, n, how)
+
+
+def _of_segments(x, segments, n, how):
+    """The second pass corrects the mean: sums in blocks round long segments more than others."""
+    (mean,) = _averages(None, x, segments, n, how)
+    both = lambda x, mean: (x - mean, jnp.square(x - mean))
+    gap, square = _averages(both, x, segments, n, how, mean)
+    return mean + gap, jnp.maximum(square - jnp.square(gap), 0)
+
+
+def _averages(fun, x, segments, n, how, *small):
+    """Averages in each segment of what `fun(x, *small)` gives, or of `x`, made as it is read."""
+    axes, channel_groups = how
+    valid = () if segments.weights is None else (segments.weights,)
+
+    def values(x, *rest):
+        weights, small = (rest[0], rest[1:]) if valid else (None, rest)
+        x = widen(x)
+        return tuple(keep(weights, a) for a in ((x,) if fun is None else fun(x, *small)))
+
+    as_it_is = fun is None and not valid and x.dtype == wide(x.dtype)
+    totals = sums(None if as_it_is else values, axes, segments, (x, *valid), small)
+    return [pool(a, channel_groups) / n for a in totals]
+
+
 def _on_gpu(x, mask, n, how):
     in_one_kernel = _is_rows(x, how) and is_unfenced()
     if mask is not None or in_one_kernel:  # a share may be all masked
@@ -96,6 +144,8 @@ def _on_gpu(x, mask, n, how):
 
 
 def _on_tpu(x, mask, n, how, alone=True):
+    if is_weighted(mask):
+        return _two_passes(x, mask, n, how)
     # A loop has x written for it; and devices that divide the samples must agree to run it.
     no_loop = _is_rows(x, how) or not (alone or 0 in how[0])
     return _about_share(x, n, how) if no_loop and mask is None else _about_zero(x, mask, n, how)

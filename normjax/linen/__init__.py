@@ -17,7 +17,7 @@ from flax import linen as nn
 import normjax
 from normjax.core import checks
 from normjax.core.fields import Configuration
-from normjax.core.method import Traits, feature_sizes, observes, traits
+from normjax.core.method import Traits, feature_sizes, observes, of_statistics, traits
 from normjax.core.statistics import whole
 from normjax.core.structs import from_dict, to_dict
 
@@ -75,7 +75,7 @@ class Front(nn.Module):
                 cells[name].value = value
         wanted = self.is_mutable_collection("moments") and not self.is_initializing()
         if wanted and observes(method):
-            self.sow("moments", "seen", whole(method.observe(x, mask)))
+            self.sow("moments", "seen", whole(method.observe(x, mask, **of_statistics(inputs))))
         return y
 
     def _shapes(self, x):

@@ -10,8 +10,9 @@ from jax import lax
 
 from normjax.core import checks, passes, running, seam, statistics
 from normjax.core.checks import field
-from normjax.core.fields import RunningFields, Schedule
+from normjax.core.fields import RunningFields, Schedule, SegmentFields
 from normjax.core.method import Normalizer, Traits, feature_positions
+from normjax.core.segments import Segments
 from normjax.core.statistics import Moments, Parted
 from normjax.core.structs import (
     AffineParams,
@@ -59,15 +60,24 @@ def init(method: BatchFields, key: Key, features: Features) -> tuple[AffineParam
     return affine_params(method, key, shape), running.init(method, shape)
 
 
-def observe(method: BatchFields, x: Any, mask: Mask = None) -> Moments | Parted:
+def observe(
+    method: BatchFields, x: Any, mask: Mask = None, weights: Any = None, segment_ids: Any = None
+) -> Moments | Parted:
     """Moments of each feature over batch, positions and devices, [features].
 
     With `axis_index_groups` they are those of the group of this device, and `parts` has those of
-    every group.
+    every group. With `segment_ids` `parts` has those of every segment, along the first axis that is
+    reduced; other reduced axes stay as size one.
     """
-    x, mask = passes.inputs(method, x, mask)
+    x, mask = passes.inputs(method, x, mask, weights, segment_ids)
     others = positions(method, x.shape)
     seen = passes.moments(x, others, mask=mask)
+    if isinstance(mask, Segments):
+        if method.axis_name is not None:
+            seen = statistics.over_devices(seen, method.axis_name)[0]
+        merged = (jnp.expand_dims(a, mask.axis) for a in statistics.merge(seen, mask.axis))
+        count, mean, var = (jnp.squeeze(a, others) for a in merged)
+        return Parted(count, mean, var, seen)
     seen = Moments(*(jnp.squeeze(a, others) for a in seen))
     if method.axis_name is None:
         return seen
@@ -99,7 +109,7 @@ def evaluation(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchNorm(BatchFields):
+class BatchNorm(BatchFields, SegmentFields):
     """Batch normalization: `(x - mean) / sqrt(var + epsilon) * scale + bias` over the batch.
 
     Ioffe & Szegedy, *Batch Normalization*, 2015, Algorithms 1 and 2,
@@ -107,7 +117,8 @@ class BatchNorm(BatchFields):
 
     Training takes mean and variance over all axes but `axis`, evaluation the running statistics.
     The variance is the population variance; the paper (Algorithm 2) and PyTorch store `n / (n - 1)`
-    times it in the running average (`unbiased_running_var=True`). The output has the dtype of the
+    times it in the running average (`unbiased_running_var=True`; of weights n is their sum, and
+    the factor `max(n, 1) / max(n - 1, 1)`). The output has the dtype of the
     input (integers: float32) unless `dtype` says otherwise; statistics and arithmetic are in at
     least float32.
 
@@ -130,6 +141,9 @@ class BatchNorm(BatchFields):
         "cumulative" add a leaf `count` to the state, "pooled" a leaf `pool`.
       unbiased_running_var: store the variance divided by n - 1 in the running statistics.
       skip_nonfinite: leave the state alone when the moments of a batch are not all finite.
+      num_segments: largest number of segments, for the input `segment_ids` of `apply`: training
+        normalizes every position by the statistics of its segment, such as a document or a graph
+        of the batch; the running statistics are of the whole batch.
       constant_statistics: hold mean and variance constant in the backward pass: the gradient of x
         is then the cotangent times scale over deviation.
 
@@ -147,10 +161,33 @@ class BatchNorm(BatchFields):
       >>> y, _ = method.apply(params, state, x, train=False)
     """
 
-    traits: ClassVar[Traits] = Traits()
+    traits: ClassVar[Traits] = Traits(inputs={"weights": "sample", "segment_ids": "sample"})
 
-    init, observe, coefficients = init, observe, coefficients
-    evaluation, absorb, apply = evaluation, running.absorb, seam.apply
+    init, observe, evaluation, apply = init, observe, evaluation, seam.apply
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_segments is not None and self.axis_index_groups is not None:
+            raise ValueError(
+                f"{type(self).__name__}: num_segments={self.num_segments} with axis_index_groups: "
+                "segments have statistics of all devices. Give an id to those of each group."
+            )
+
+    def segment_axis(self, x: Any) -> int:
+        """The axis of `x` along which the statistics of segments lie."""
+        return checks.segment_axis(self, positions(self, x.shape), x.shape)
+
+    def coefficients(
+        self, params: AffineParams, state: Running, seen: Any, *, key: Key = None
+    ) -> Normalizer:
+        """Normalizes by the statistics of the batch, or by those of each segment."""
+        segments = self.num_segments is not None and isinstance(seen, Parted)
+        return coefficients(self, params, state, seen.parts if segments else seen)
+
+    def absorb(self, state: Running, seen: Moments | Parted) -> Running:
+        """The running statistics moved by those of the batch, whatever its segments."""
+        absorb = running.absorb if self.num_segments is None else running.absorb_whole
+        return absorb(self, state, seen)
 
 
 def relu_scale(scale_init: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,7 +257,7 @@ class BatchRenorm(BatchFields):
       d_max: bound of the shift correction, >= 0, or a schedule.
       axis, momentum, epsilon, use_scale, use_bias, scale_init, bias_init, dtype, param_dtype,
         axis_name, axis_index_groups, activation, running_average, unbiased_running_var,
-        skip_nonfinite, constant_statistics: as in `BatchNorm`.
+        skip_nonfinite, constant_statistics: as in `BatchNorm`; there are no segments.
 
     Raises:
       ValueError: for a bound outside its range, and as in `BatchNorm`.
@@ -231,7 +268,7 @@ class BatchRenorm(BatchFields):
       >>> y, state = method.apply(*method.init(None, 3), x, train=True)
     """
 
-    traits: ClassVar[Traits] = Traits()
+    traits: ClassVar[Traits] = Traits(inputs={"weights": "sample"})
 
     r_max: Schedule = field(Ramp(1.0, 3.0, 5000, 40000), checks.interval(1), schedule=True)
     d_max: Schedule = field(Ramp(0.0, 5.0, 5000, 25000), checks.interval(0), schedule=True)

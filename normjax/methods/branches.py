@@ -96,9 +96,9 @@ class MultiStats(Configuration):
         y, moved = self.method.apply(params, own, x, **how)
         return y, self._put(state, moved, branch)
 
-    def observe(self, x: Any, mask: Mask = None) -> Any:
+    def observe(self, x: Any, mask: Mask = None, **inputs: Any) -> Any:
         """Statistics of the method."""
-        return self.method.observe(x, mask)
+        return self.method.observe(x, mask, **inputs)
 
     def evaluation(
         self,
@@ -172,7 +172,7 @@ class AuxBatchNorm(Preset, BatchFields):
       >>> y, state = method.apply(params, state, x, train=True, branch=0)
     """
 
-    traits: ClassVar[Traits] = Traits(inputs={"branch": "whole"})
+    traits: ClassVar[Traits] = Traits(inputs={"branch": "whole", "weights": "sample"})
 
     num_branches: int = dataclasses.field(
         default=2, kw_only=False, metadata=checks.rule(checks.positive)
@@ -219,7 +219,7 @@ class SandwichAuxBatchNorm(Preset, BatchFields):
       >>> y, state = method.apply(params, state, x, train=True, branch=0)
     """
 
-    traits: ClassVar[Traits] = Traits(inputs={"branch": "whole"})
+    traits: ClassVar[Traits] = Traits(inputs={"branch": "whole", "weights": "sample"})
 
     num_branches: int = dataclasses.field(
         default=2, kw_only=False, metadata=checks.rule(checks.positive)

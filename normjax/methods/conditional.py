@@ -34,10 +34,12 @@ from normjax.core.method import Normalizer, Traits, feature_axes, feature_positi
 from normjax.core.sharding import spec
 from normjax.core.structs import AffineParams, Axes, Features, Key, Mask, affine_params, several
 from normjax.core.tracing import traced_once
+from normjax.core.variance import is_weighted
 from normjax.methods.batch import BatchFields, BatchNorm
 from normjax.methods.group import GroupNorm
 from normjax.methods.layer import LayerNorm, RowFields
 
+CONDITION: dict[str, Literal["sample", "whole"]] = {"condition": "sample", "weights": "sample"}
 Form = Literal["film", "adaln_zero", "tadam"]
 FORMS = checks.one_of("film", "adaln_zero", "tadam")
 ONE_PASS = seam.apply, GroupNorm.apply, RowFields.apply  # methods that `Conditioned` does in one
@@ -117,7 +119,8 @@ def arrange(method: Any, condition: Any, own: int, x: Any, mask: Mask, meaning: 
     if mask is None or not jnp.issubdtype(condition.dtype, jnp.floating):
         return condition
     over = [i for i, n in zip(others, condition.shape, strict=False) if n == 1]
-    valid = jnp.any(mask, (*over, *at), keepdims=True).squeeze(at)
+    counts = mask > 0 if is_weighted(mask) else mask
+    valid = jnp.any(counts, (*over, *at), keepdims=True).squeeze(at)
     return passes.keep(jnp.expand_dims(valid, tuple(range(-own, 0))), condition)
 
 
@@ -173,8 +176,9 @@ class ClassAffine(ActivationFields, AffineFields, AxisFields):
         shape = checks.as_features("ClassAffine", features)
         return affine_params(self, key, (self.num_classes, *shape)), ()
 
-    def check_inputs(self, condition: Any = None, **_: Any) -> None:
+    def check_inputs(self, *, condition: Any = None, **inputs: Any) -> None:
         """ValueError for a class that there is none of, where that is known."""
+        super().check_inputs(**inputs)
         if condition is None or is_traced(condition):
             return
         if not getattr(condition, "is_fully_addressable", True):
@@ -425,9 +429,9 @@ class Conditioned(Configuration):
 
     Both affine maps are one, made before the pass over the input, and reverse mode keeps the input
     and what has no positions. Norms with a pass of their own (`SpectralBatchNorm`, `GhostNoise`, a
-    chain, a row norm with a gate or `cast="before_scale"`) are followed by a second one. The norm's
-    activation is taken last. Of `Ghost` the conditioned norm is the method, not the other way:
-    `Ghost(Conditioned(...), groups)`.
+    chain, segments, a row norm with a gate or `cast="before_scale"`) are followed by a second one.
+    The norm's activation is taken last. Of `Ghost` the conditioned norm is the method, not the
+    other way: `Ghost(Conditioned(...), groups)`.
 
     Attributes:
       method: the norm, such as `GroupNorm(use_scale=False, use_bias=False)`.
@@ -481,9 +485,10 @@ class Conditioned(Configuration):
         """ValueError for an input of which the norm would make nothing."""
         self.method.check_training(x)
 
-    def check_inputs(self, condition: Any = None, **inputs: Any) -> None:
-        """ValueError for a class that there is none of, where that is known."""
+    def check_inputs(self, *, condition: Any = None, **inputs: Any) -> None:
+        """ValueError for a class that there is none of, and as of the norm, where that is known."""
         self.affine.check_inputs(condition=condition)
+        self.method.check_inputs(**inputs)
 
     @traced_once
     def apply(
@@ -494,15 +499,18 @@ class Conditioned(Configuration):
         *,
         train: bool,
         mask: Mask = None,
+        weights: Any = None,
         key: Key = None,
         condition: Any = None,
         **inputs: Any,
     ) -> tuple[jax.Array, Any]:
         """The norm's `apply`, with scale and bias of `condition` behind its own."""
+        inputs |= {} if weights is None else {"weights": weights}
         if not self._is_one_pass(inputs):
             x = checks.as_real("Conditioned", x)
             return self._in_two(params, state, x, train, mask, key, condition, **inputs)
-        x, mask = passes.inputs(self, x, mask)
+        inputs.pop("weights", None)
+        x, mask = passes.inputs(self, x, mask, weights)
         at = seam.require_variables(self.method, params.norm, state, x)
         condition = self.affine.arrange(condition, x, mask)
         if train:
@@ -516,9 +524,9 @@ class Conditioned(Configuration):
         of = self.method
         return passes.apply(x, n, at, activation=of.epilogue(), dtype=of.dtype), state
 
-    def observe(self, x: Any, mask: Mask = None) -> Any:
+    def observe(self, x: Any, mask: Mask = None, **inputs: Any) -> Any:
         """Statistics of the norm."""
-        return self.method.observe(x, mask)
+        return self.method.observe(x, mask, **inputs)
 
     def coefficients(
         self, params: ConditionedParams, state: Any, seen: Any, *, condition: Any, **how: Any
@@ -547,7 +555,8 @@ class Conditioned(Configuration):
 
     def _is_one_pass(self, inputs):
         cast = getattr(self.method, "cast", "output") == "output"
-        return type(self.method).apply in ONE_PASS and cast and "gate" not in inputs
+        own = inputs.keys() & {"gate", "segment_ids"}
+        return type(self.method).apply in ONE_PASS and cast and not own
 
     def _join(self, params, n, condition):
         """`n` with scale and bias of the condition behind its own."""
@@ -608,9 +617,9 @@ class Preset:
         """ValueError for an input of which the norm would make nothing."""
         expanded(self).check_training(x)
 
-    def observe(self, x: Any, mask: Mask = None) -> Any:
+    def observe(self, x: Any, mask: Mask = None, **inputs: Any) -> Any:
         """Statistics of the norm."""
-        return expanded(self).observe(x, mask)
+        return expanded(self).observe(x, mask, **inputs)
 
     def evaluation(
         self, params: Any, state: Any, x: Any = None, mask: Mask = None, **inputs: Any
@@ -646,7 +655,7 @@ class ConditionFields(AffineFields):
     kernel_init: Initializer | None = field(None, checks.optional(checks.initializer))
     scale_init: Initializer = field(near_one, checks.initializer)
 
-    traits: ClassVar[Traits] = Traits(inputs={"condition": "sample"})
+    traits: ClassVar[Traits] = Traits(inputs=CONDITION)
 
     def __post_init__(self):
         super().__post_init__()
@@ -734,7 +743,7 @@ class ConditionalGroupNorm(Preset, ConditionFields, StatisticsFields):
       >>> y, _ = method.apply(params, state, x, train=True, condition=question)
     """
 
-    traits: ClassVar[Traits] = Traits(trains=False, inputs={"condition": "sample"})
+    traits: ClassVar[Traits] = Traits(trains=False, inputs=CONDITION)
 
     num_groups: int | None = field(32, COUNT)
     group_size: int | None = field(None, COUNT)
@@ -778,7 +787,7 @@ class AdaptiveLayerNorm(Preset, ConditionFields, ReductionFields):
       (2, 1, 16)
     """
 
-    traits: ClassVar[Traits] = Traits(trains=False, inputs={"condition": "sample"})
+    traits: ClassVar[Traits] = Traits(trains=False, inputs=CONDITION)
 
     def expand(self) -> Conditioned:
         """The method that this one stands for."""
@@ -819,7 +828,7 @@ class SandwichBatchNorm(Preset, BatchFields):
       >>> y, state = method.apply(params, state, x, train=True, condition=labels)
     """
 
-    traits: ClassVar[Traits] = Traits(inputs={"condition": "sample"})
+    traits: ClassVar[Traits] = Traits(inputs=CONDITION)
 
     num_classes: int = dataclasses.field(kw_only=False, metadata=checks.rule(checks.positive))
     class_scale_init: Initializer = field(near_one, checks.initializer)

@@ -16,7 +16,7 @@ from normjax.core.statistics import Moments, Parted
 from normjax.core.structs import AffineParams, Axes, Features, Key, Mask, Running
 from normjax.core.tracing import traced_once
 from normjax.methods import batch
-from normjax.methods.batch import BatchNorm, GhostFields
+from normjax.methods.batch import BatchFields, BatchNorm, GhostFields
 
 AVERAGED = "The updates of parts are averaged: take 'cumulative', or absorb what `observe` saw."
 AVERAGES = "exponential", "debiased", "cumulative"
@@ -120,9 +120,9 @@ class Ghost(Configuration):
         parts = self.method, self.groups, self.running
         return _apply_to_parts(*parts, params, state, x, mask, key, **inputs)
 
-    def observe(self, x: Any, mask: Mask = None) -> Any:
+    def observe(self, x: Any, mask: Mask = None, **inputs: Any) -> Any:
         """Statistics of the whole batch."""
-        return self.method.observe(x, mask)
+        return self.method.observe(x, mask, **inputs)
 
     def evaluation(self, params: Any, state: Any, x: Any = None, mask: Mask = None) -> Any:
         """That of the method."""
@@ -186,6 +186,9 @@ def _apply_to_parts(method, number, by, params, state, x, mask, key, **inputs):
 
     y, new = jax.vmap(run)(divided, each, keys)
     filled = jnp.ones(here, bool) if mask is None else jnp.any(divided[1], range(1, x.ndim + 1))
+    if "weights" in samples:
+        counts = divided[2]["weights"] > 0
+        filled &= jnp.any(counts, range(1, counts.ndim))
     if by == "first":
         filled = filled & (jnp.arange(here, dtype=jnp.int32) + first == 0)
     filled, _ = align(filled, x)
@@ -246,7 +249,9 @@ class GhostBatchNorm(PartFields):
                 "single values, whose variance is zero."
             )
         here, shared, devices = groups.ghosts(self, x.shape)
-        plain = BatchNorm(**{f.name: getattr(self, f.name) for f in dataclasses.fields(BatchNorm)})
+        plain = BatchNorm(
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(BatchFields)}
+        )
         number = len(shared) if shared else here * devices
         return _apply_to_parts(plain, number, "all", params, state, x, mask, key)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from normjax.core import checks, groups, passes, seam
 from normjax.core.checks import field
-from normjax.core.fields import COUNT, AffineFields, StatisticsFields
+from normjax.core.fields import COUNT, AffineFields, SegmentFields, StatisticsFields
 from normjax.core.method import Traits
 from normjax.core.statistics import Moments
 from normjax.core.structs import AffineParams, Axes, Features, Key, Mask, affine_params
@@ -17,7 +17,7 @@ from normjax.methods import layer
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupNorm(StatisticsFields, AffineFields):
+class GroupNorm(StatisticsFields, AffineFields, SegmentFields):
     """Group normalization: statistics of each sample over a group of channels and all positions.
 
     Wu & He, *Group Normalization*, 2018, equations 1-2 and 7, https://arxiv.org/abs/1803.08494
@@ -33,6 +33,7 @@ class GroupNorm(StatisticsFields, AffineFields):
         bias are those of each channel.
       reduction_axes: axes over which statistics are taken, the last among them; None: all but the
         first.
+      num_segments: as in `LayerNorm`; an axis of positions must be reduced.
       axis_name: mapped axis name(s) over which positions are divided.
       axis_index_groups, activation: as in `LayerNorm`.
 
@@ -46,7 +47,7 @@ class GroupNorm(StatisticsFields, AffineFields):
       (2, 8, 8, 16)
     """
 
-    traits: ClassVar[Traits] = Traits(trains=False)
+    traits: ClassVar[Traits] = Traits(trains=False, inputs=layer.SAMPLES)
 
     num_groups: int | None = field(32, COUNT)
     group_size: int | None = field(None, COUNT)
@@ -77,19 +78,30 @@ class GroupNorm(StatisticsFields, AffineFields):
         sizes = *(shape[i] for i in positions), shape[last] // self._groups(shape[last])
         checks.require_several_values(self, sizes, shape, "take fewer groups, or larger maps")
 
-    def observe(self, x: Any, mask: Mask = None) -> Moments:
+    def observe(
+        self, x: Any, mask: Mask = None, weights: Any = None, segment_ids: Any = None
+    ) -> Moments:
         """Moments of each group; every channel, on the last axis, has those of its group."""
-        x, mask = passes.inputs(self, x, mask)
+        x, mask = passes.inputs(self, x, mask, weights, segment_ids)
         *positions, last = self._reduced(x.shape)
         number = self._groups(x.shape[last])
         return layer.reduce(self, x, tuple(positions), mask, channel_groups=number)
 
     @traced_once
     def apply(
-        self, params: Any, state: Any, x: Any, *, train: bool, mask: Mask = None, key: Key = None
+        self,
+        params: Any,
+        state: Any,
+        x: Any,
+        *,
+        train: bool,
+        mask: Mask = None,
+        weights: Any = None,
+        segment_ids: Any = None,
+        key: Key = None,
     ) -> tuple[jax.Array, Any]:
-        """Normalizes `x`; `train` and `key` change nothing. See `BatchNorm.apply` for `mask`."""
-        x, mask = passes.inputs(self, x, mask)
+        """Normalizes `x`; `train` and `key` change nothing. See `BatchNorm.apply` for the rest."""
+        x, mask = passes.inputs(self, x, mask, weights, segment_ids)
         seam.require_variables(self, params, state, x)
         if len(self._reduced(x.shape)) > 1:
             return seam.evaluate(self, params, state, x, mask), state
@@ -103,6 +115,10 @@ class GroupNorm(StatisticsFields, AffineFields):
         n = self.coefficients(small, state, layer.reduce(self, parts, (last + 1,), mask))
         y = passes.apply(parts, n, (last, last + 1), activation=self.activation, dtype=self.dtype)
         return groups.join(y, last, like=passes.value(x)), state
+
+    def segment_axis(self, x: Any) -> int:
+        """The axis of `x` along which the statistics of segments lie."""
+        return checks.segment_axis(self, self._reduced(x.shape)[:-1], x.shape)
 
     def _reduced(self, shape):
         reduced, last = self.reduction_axes, len(shape) - 1
@@ -123,7 +139,7 @@ class GroupNorm(StatisticsFields, AffineFields):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InstanceNorm(StatisticsFields, AffineFields):
+class InstanceNorm(StatisticsFields, AffineFields, SegmentFields):
     """Instance normalization: statistics of each sample and feature over all positions.
 
     Ulyanov, Vedaldi & Lempitsky, *Instance Normalization*, 2016, equation 3,
@@ -137,6 +153,7 @@ class InstanceNorm(StatisticsFields, AffineFields):
       epsilon: added to the variance, >= 0 (the paper and PyTorch: 1e-5; Flax: 1e-6).
       dtype, param_dtype, use_scale, use_bias, scale_init, bias_init: as in `LayerNorm`.
       feature_axes: axes with statistics, scale and bias of their own.
+      num_segments: as in `LayerNorm`.
       axis_name: mapped axis name(s) over which positions are divided.
       axis_index_groups, activation: as in `LayerNorm`.
 
@@ -148,9 +165,17 @@ class InstanceNorm(StatisticsFields, AffineFields):
       >>> method, x = nj.InstanceNorm(), jax.numpy.ones((2, 8, 8, 3))
       >>> method.apply(*method.init(None, 3), x, train=True)[0].shape
       (2, 8, 8, 3)
+
+      Two documents in a row of six tokens, the last of which is padding:
+
+      >>> method, x = nj.InstanceNorm(num_segments=2), jax.numpy.arange(18.0).reshape(1, 6, 3)
+      >>> ids = jax.numpy.array([0, 0, 0, 1, 1, -1]).reshape(1, 6, 1)
+      >>> y, _ = method.apply(*method.init(None, 3), x, train=True, segment_ids=ids)
+      >>> method.observe(x, segment_ids=ids).mean[0, :, 0].tolist()
+      [3.0, 10.5]
     """
 
-    traits: ClassVar[Traits] = Traits(trains=False)
+    traits: ClassVar[Traits] = Traits(trains=False, inputs=layer.SAMPLES)
 
     feature_axes: Axes = field(-1, checks.integers)
 
@@ -163,10 +188,16 @@ class InstanceNorm(StatisticsFields, AffineFields):
         sizes = [shape[i] for i in self._positions(shape)]
         checks.require_several_values(self, sizes, shape, "take GroupNorm, or larger maps")
 
-    def observe(self, x: Any, mask: Mask = None) -> Moments:
+    def observe(
+        self, x: Any, mask: Mask = None, weights: Any = None, segment_ids: Any = None
+    ) -> Moments:
         """Moments over positions, which stay as axes of size one."""
-        x, mask = passes.inputs(self, x, mask)
+        x, mask = passes.inputs(self, x, mask, weights, segment_ids)
         return layer.reduce(self, x, self._positions(x.shape), mask)
+
+    def segment_axis(self, x: Any) -> int:
+        """The axis of `x` along which the statistics of segments lie."""
+        return checks.segment_axis(self, self._positions(x.shape), x.shape)
 
     def _positions(self, shape):
         at = checks.as_axes("InstanceNorm", "feature_axes", self.feature_axes, shape)

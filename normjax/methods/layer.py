@@ -9,11 +9,18 @@ from jax import lax
 
 from normjax.core import checks, groups, passes, seam, statistics
 from normjax.core.checks import field
-from normjax.core.fields import Activation, AffineFields, ReductionFields, ScaleFields
-from normjax.core.method import Normalizer, Traits
+from normjax.core.fields import (
+    Activation,
+    AffineFields,
+    ReductionFields,
+    ScaleFields,
+    SegmentFields,
+)
+from normjax.core.method import Normalizer, Traits, feature_positions
 from normjax.core.statistics import Moments
 from normjax.core.structs import AffineParams, Axes, Features, Key, Mask, affine_params, several
 from normjax.core.tracing import traced_once
+from normjax.core.variance import is_weighted
 
 
 def init(method: ScaleFields, key: Key, features: Features) -> tuple[AffineParams, tuple[()]]:
@@ -27,6 +34,9 @@ def reduce(method: Any, x: Any, axes: Any, mask: Any, **options: Any) -> Moments
     if method.axis_name is None:
         return seen
     return statistics.over_devices(seen, method.axis_name, method.axis_index_groups)[0]
+
+
+SAMPLES: dict[str, Literal["sample", "whole"]] = {"weights": "sample", "segment_ids": "sample"}
 
 
 def reduction_axes(method: ReductionFields, x: Any) -> tuple[int, ...]:
@@ -59,10 +69,10 @@ def absorb(method: Any, state: tuple[()], seen: Moments) -> tuple[()]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RowFields(ReductionFields, ScaleFields):
+class RowFields(ReductionFields, ScaleFields, SegmentFields):
     """What `LayerNorm` and `RMSNorm` share: all but whether a mean is subtracted."""
 
-    traits: ClassVar[Traits] = Traits(trains=False, inputs={"gate": "sample"})
+    traits: ClassVar[Traits] = Traits(trains=False, inputs={"gate": "sample", **SAMPLES})
     centred: ClassVar[bool] = True
 
     feature_axes: Axes = field(-1, checks.one_of((), or_else=checks.integers))
@@ -78,6 +88,11 @@ class RowFields(ReductionFields, ScaleFields):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.num_segments is not None and (self.num_groups > 1 or self.cast != "output"):
+            raise ValueError(
+                f"{type(self).__name__}: num_segments={self.num_segments} needs num_groups=1 and "
+                f"cast='output', not {self.num_groups} and {self.cast!r}."
+            )
         row = several(self.reduction_axes) == (-1,) and several(self.feature_axes) in ((-1,), ())
         if self.num_groups > 1 and not row:
             axes = f"reduction_axes={self.reduction_axes} and feature_axes={self.feature_axes}"
@@ -95,16 +110,24 @@ class RowFields(ReductionFields, ScaleFields):
             params = params._replace(scale=params.scale - self.scale_offset)
         return params, ()
 
-    def observe(self, x: Any, mask: Mask = None) -> Moments:
+    def observe(
+        self, x: Any, mask: Mask = None, weights: Any = None, segment_ids: Any = None
+    ) -> Moments:
         """Moments over the reduced axes, which stay as size one; of groups, for every feature.
 
-        Those of `RMSNorm` are mean squares, as variances about zero.
+        Those of `RMSNorm` are mean squares, as variances about zero. Those of segments lie on the
+        first reduced axis that has no scale.
         """
-        x, mask = passes.inputs(self, x, mask)
+        x, mask = passes.inputs(self, x, mask, weights, segment_ids)
         axes, how = reduction_axes(self, x), dict[str, Any](centred=self.centred)
         if self.num_groups > 1:
             axes, how["channel_groups"] = (), self._groups(x.shape)
         return reduce(self, x, axes, mask, **how)
+
+    def segment_axis(self, x: Any) -> int:
+        """The axis of `x` along which the statistics of segments lie."""
+        at, axes = feature_positions(self, x.shape), reduction_axes(self, x)
+        return checks.segment_axis(self, [i for i in axes if i not in at], x.shape)
 
     def coefficients(
         self, params: AffineParams, state: tuple[()], seen: Moments, *, key: Key = None
@@ -125,15 +148,19 @@ class RowFields(ReductionFields, ScaleFields):
         mask: Mask = None,
         key: Key = None,
         gate: jax.Array | None = None,
+        **counting: Any,
     ) -> tuple[jax.Array, tuple[()]]:
-        """Normalizes `x`; `train` and `key` change nothing. See `BatchNorm.apply` for `mask`.
+        """Normalizes `x`; `train` and `key` change nothing.
 
-        `gate`, of the shape of `x`, multiplies it or the output, as `gate_place` says.
+        `gate`, of the shape of `x`, multiplies it or the output, as `gate_place` says. See
+        `BatchNorm.apply` for `mask`, and for `counting`: `weights` and `segment_ids`.
         """
+        given: Any = dict(train=train, mask=mask, key=key, **counting)
         if gate is None and self.num_groups == 1 and self.cast == "output":
-            return seam.apply(self, params, state, x, train=train, mask=mask, key=key)
-        given = {} if gate is None else {"gate": gate}
-        return _apply(self, params, state, x, train=train, mask=mask, key=key, **given)
+            return seam.apply(self, params, state, x, **given)
+        if gate is not None:
+            given["gate"] = gate
+        return _apply(self, params, state, x, **given)
 
     def _groups(self, shape):
         if shape[-1] % self.num_groups:
@@ -143,12 +170,17 @@ class RowFields(ReductionFields, ScaleFields):
 
 
 @traced_once
-def _apply(self, params, state, x, *, train, mask=None, key=None, gate=None):
-    """`apply` with all options. Reverse mode keeps `x` and the gate."""
-    x, mask = passes.inputs(self, x, mask)
+def _apply(
+    self, params, state, x, *, train, mask=None, weights=None, segment_ids=None, key=None, gate=None
+):
+    """`apply` with all options, of which segments go with no other. Keeps `x` and the gate."""
+    if segment_ids is not None:
+        raise ValueError(f"{type(self).__name__}: segment_ids with a gate.")
+    x, mask = passes.inputs(self, x, mask, weights, segment_ids)
     at, axes = seam.require_variables(self, params, state, x), reduction_axes(self, x)
     if gate is not None:
-        gate, _ = passes.inputs(self, _as_gate(self, gate, x), mask)
+        valid = mask > 0 if is_weighted(mask) else mask
+        gate, _ = passes.inputs(self, _as_gate(self, gate, x), valid)
     whole, number = passes.value(x), self._groups(x.shape) if self.num_groups > 1 else 1
     if number > 1:  # of a row: those of an axis
         last = x.ndim - 1
@@ -239,6 +271,10 @@ class LayerNorm(RowFields, AffineFields):
       gate_activation: function of `gate`, an input of `apply`; None: the gate itself.
       gate_place: whether the gate multiplies the input ("before") or the output, behind
         `activation` ("after"). `observe` is of the input without a gate.
+      num_segments: largest number of segments, for the input `segment_ids` of `apply`: positions
+        of the reduced axes share statistics with those of their segment alone, such as a document
+        of a packed row, or, with `reduction_axes=0`, a graph among all nodes. Without a gate, with
+        one group, and with `cast="output"`.
       axis_name: mapped axis name(s) over which the reduced axes are divided.
       axis_index_groups: groups of device indices along `axis_name` that share statistics.
 
@@ -280,8 +316,8 @@ class RMSNorm(RowFields):
       epsilon: added to the mean square, >= 0.
       use_scale, scale_init, dtype, param_dtype: as in `LayerNorm`; there is no bias.
       reduction_axes: axes over which squares are averaged.
-      feature_axes, num_groups, scale_offset, cast, gate_activation, gate_place, axis_name,
-        axis_index_groups, activation: as in `LayerNorm`.
+      feature_axes, num_groups, scale_offset, cast, gate_activation, gate_place, num_segments,
+        axis_name, axis_index_groups, activation: as in `LayerNorm`.
 
     Raises:
       ValueError, TypeError: as in `LayerNorm`.

@@ -71,7 +71,7 @@ class RunningNorm(RunningFields):
       (0.75, 0.1875)
     """
 
-    traits: ClassVar[Traits] = Traits()
+    traits: ClassVar[Traits] = Traits(inputs={"weights": "sample"})
     constant_statistics: ClassVar[bool] = True
 
     clip: float | None = field(None, checks.optional(checks.interval(0)))

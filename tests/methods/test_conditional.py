@@ -259,6 +259,31 @@ class LimitsTest(parameterized.TestCase):
         close(y, jax.nn.relu(z) if has else z, 1e-5)
         chex.assert_trees_all_close(new, wanted, atol=1e-6)
 
+    @parameterized.parameters(nj.ConditionalBatchNorm(num_classes=3), nj.SandwichBatchNorm(3))
+    def test_weights_are_repeated_samples(self, method):
+        x, times = draw(0, 6, 3, 4), np.array([2, 0, 1, 1, 3, 1])
+        variables = made(method, 4)
+        spoilt = np.where(times.reshape(-1, 1, 1) > 0, x, np.nan)
+        weights = times.reshape(-1, 1, 1).astype("float32")
+        y, moved_state = method.apply(
+            *variables, spoilt, train=True, condition=LABELS, weights=weights
+        )
+        z, wanted = method.apply(
+            *variables, np.repeat(x, times, 0), train=True, condition=np.repeat(LABELS, times)
+        )
+        close(np.repeat(y, times, 0), z, 1e-5)
+        chex.assert_trees_all_close(moved_state, wanted, atol=1e-6)
+
+    def test_segments_of_the_norm(self):
+        x, ids = draw(0, 6, 5, 4), np.arange(30).reshape(6, 5, 1) % 3 - 1
+        norm = nj.LayerNorm(reduction_axes=(1, 2), num_segments=2)
+        method = nj.Conditioned(norm, nj.ClassAffine(3))
+        params, state = made(method, 4)
+        y = output(method, params, state, x, condition=LABELS, segment_ids=ids)
+        z = output(norm, params.norm, state, x, segment_ids=ids)
+        z = output(method.affine, params.condition, (), z, condition=LABELS)
+        close(y, z, 1e-5)
+
     def test_parameters_in_half_precision_are_joined_in_float32(self):
         x = draw(0, 6, 3, 4)
         for method, condition in (
