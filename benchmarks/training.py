@@ -266,17 +266,20 @@ def forward(
     key: jax.Array | None = None,
     *,
     train: bool = True,
+    **inputs: Any,
 ) -> tuple[jax.Array, Any]:
     """Logits f32[N, classes], and the running statistics, which move with `train` alone.
 
-    `key` is for methods that draw in training.
+    `key` is for methods that draw in training, `inputs` are what the network takes besides images.
     """
     variables = {"params": params, "batch_stats": batch_stats}
     if not train:
-        logits: Any = network.apply(variables, images, train=False)
+        logits: Any = network.apply(variables, images, train=False, **inputs)
         return logits, batch_stats
     rngs = {} if key is None else {"ghost": key}
-    logits, new = network.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
+    logits, new = network.apply(
+        variables, images, train=True, mutable=["batch_stats"], rngs=rngs, **inputs
+    )
     return logits, new.get("batch_stats", {})
 
 
