@@ -14,7 +14,6 @@ import shlex
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,13 +135,7 @@ def prepare(config: options.Config, results: dict[str, Any]) -> tuple[training.I
     number = len(dataset.train_labels)
     if size > number:
         raise ValueError(f"--batch-size {size} is above the {number} train images")
-    about = {
-        "train_images": number,
-        "test_images": len(dataset.test_labels),
-        "shape": list(dataset.train_images.shape[1:]),
-        "classes": list(dataset.classes),
-        "crc32": zlib.crc32(b"".join(part.tobytes() for part in dataset[:4])),
-    }
+    about = data.describe(dataset)
     if results.setdefault("data", about) != about:
         raise ValueError("--resume: the data are not those that the run began with")
     inputs = training.put(dataset)
@@ -339,10 +332,8 @@ def train(
 
 
 def store(folder: Path, results: dict[str, Any]) -> None:
-    """Writes results.json in one move: an interruption leaves the old or the new one."""
-    partial = folder / "results.json.part"
-    partial.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(folder / "results.json")
+    """Writes results.json in one move."""
+    machine.write(results, folder / "results.json", allow_nan=False)
 
 
 def _stored(folder, given):

@@ -47,7 +47,6 @@ PARTNERS = 3  # of the nine others, with which training asks about a digit
 TRAIN_DIGITS, TEST_DIGITS = (0, 1, 4, 6, 8, 9), (2, 3, 5, 7)
 TASKS, WAYS, QUERIES = 4, 5, 5  # tasks of a batch, their classes, and images to classify of each
 EVALUATIONS = 128  # batches
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 class Batch(NamedTuple):
@@ -205,11 +204,9 @@ def forward(
     network: nn.Module, params: Any, stats: Any, batch: Batch, *, train: bool
 ) -> tuple[jax.Array, Any]:
     """The outputs of a batch, and new running statistics."""
-    variables = {"params": params, "batch_stats": stats}
-    outputs, new = network.apply(
-        variables, batch.images, batch.condition, train=train, mutable=["batch_stats"]
+    return training.forward(
+        network, params, stats, batch.images, train=train, condition=batch.condition
     )
-    return outputs, new.get("batch_stats", {})
 
 
 def train(
@@ -233,7 +230,7 @@ def train(
         def loss(params):
             outputs, new = forward(network, params, stats, batch, train=True)
             scores, labels = read(outputs, batch)
-            return cross_entropy(scores, labels).mean(), new
+            return training.cross_entropy(scores, labels).mean(), new
 
         grads, stats = jax.grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(grads, state, params)
@@ -321,7 +318,7 @@ def gradients(network: Net, batch: Batch, state: Any) -> dict[str, balance.Measu
 
     def losses(params):
         outputs, _ = forward(network, params, stats, batch, train=True)
-        each = cross_entropy(outputs, batch.labels)
+        each = training.cross_entropy(outputs, batch.labels)
         return balance.by_condition(each, batch.condition, ANGLES)
 
     layers = range(1, 1 + len(network.strides))

@@ -1,7 +1,8 @@
 """Image data sets from disk: scikit-learn's digits, folders of images, CIFAR-10 binary files."""
 
+import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -63,6 +64,17 @@ def load(
     return data._replace(
         train_labels=flip_labels(data.train_labels, label_noise, len(data.classes))
     )
+
+
+def describe(data: Data) -> dict[str, Any]:
+    """What results say about the data, with a check sum of the images and labels."""
+    return {
+        "train_images": len(data.train_labels),
+        "test_images": len(data.test_labels),
+        "shape": list(data.train_images.shape[1:]),
+        "classes": list(data.classes),
+        "crc32": zlib.crc32(b"".join(part.tobytes() for part in data[:4])),
+    }
 
 
 def digits() -> Data:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import conditional, guarantees, report, spectral
+from benchmarks import adversarial, conditional, guarantees, report, spectral
 from benchmarks.compilers import show, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,6 +277,16 @@ def kalman_rows(results):
         yield size, name, points(less), str(len(less))
 
 
+def adversarial_rows(*results):
+    """Clean and attacked images with the norms of one and of two branches."""
+    for place, found in enumerate(results):
+        head, *lines = adversarial.cells(found)
+        if place == 0:
+            yield "attack in training", *head
+        for line in lines:
+            yield found["configuration"]["attack_statistics"], *line
+
+
 def prediction_rows(results):
     """Errors of predicted variances by layer."""
     names = list(results["accuracy"][0]["errors"])
@@ -460,6 +470,9 @@ TABLES: dict[str, Table] = {
         ("conditional/relations.json", "conditional/few-shot.json"), conditional_rows
     ),
     "recipe": Table(("recipe/noisy.json", "recipe/clean.json"), recipe_rows),
+    "adversarial": Table(
+        ("adversarial/adversarial.json", "adversarial/train/adversarial.json"), adversarial_rows
+    ),
 }
 
 if __name__ == "__main__":

@@ -35,10 +35,16 @@ def heading(benchmark: str, *packages: str) -> dict[str, Any]:
     }
 
 
-def write(results: dict[str, Any], file: Path, indent: int | None = 1) -> None:
-    """Writes the results as JSON, in a folder that is made if there is none."""
+def write(results: dict[str, Any], file: Path, indent: int | None = 1, **how: Any) -> None:
+    """Writes the results as JSON, in a folder that is made if there is none.
+
+    It is written in one move: an interruption leaves the old file or the new one. `how` is for
+    `json.dumps`.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=indent) + "\n")
+    partial = file.with_name(file.name + ".part")
+    partial.write_text(json.dumps(results, indent=indent, **how) + "\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def processor() -> str:

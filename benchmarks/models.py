@@ -66,7 +66,7 @@ class Residual(nn.Module):
     its name and "/branch" and "/sum". Of Kalman norms the first has no prior.
 
     Attributes:
-      norm: makes a normalization.
+      norm: makes a normalization, a function of the input and `use_running_average`.
       classes: number of classes.
       width: channels of the first stage.
       depth: blocks of each stage.
@@ -74,7 +74,7 @@ class Residual(nn.Module):
       posterior: for Kalman norms, with their ReLU inside: what they hand on, see `carry`.
     """
 
-    norm: Callable[..., nn.Module]
+    norm: Callable[..., Callable[..., Any]]
     classes: int
     width: int = 16
     depth: int = 1

@@ -102,14 +102,14 @@ def _parser():
     option("epochs", "number of epochs", type=whole)
     option("batch-size", "images per gradient step", type=whole)
     option("statistics-batch", "images per statistics, a divisor of --batch-size", type=whole)
-    option("label-noise", "fraction of train labels made wrong", type=_fraction)
+    option("label-noise", "fraction of train labels made wrong", type=fraction)
     option("train-size", "number of train images to keep", type=whole)
     text = "fraction of the train images, with right labels, that are not trained on; the accuracy "
     text += "on them goes to results.json"
-    option("validation", text, type=_fraction)
+    option("validation", text, type=fraction)
     text = "note the accuracy on train images in training mode and in evaluation, in results.json"
     option("both-modes", text, action="store_true")
-    option("learning-rate", "highest learning rate of the schedule", type=_rate)
+    option("learning-rate", "highest learning rate of the schedule", type=rate)
     option("data", "data set", choices=("digits", "images", "cifar10-bin"))
     option("data-dir", "folder of train/<class>/*.jpg and test/..., or of CIFAR-10 binary files")
     text = "crop train images at random, and flip those that are no digits"
@@ -134,11 +134,13 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def _fraction(text):
+def fraction(text: str) -> float:
+    """The number from 0 to below 1 that an option of any benchmark says."""
     return _number(text, "a fraction in [0, 1)", lambda value: 0 <= value < 1)
 
 
-def _rate(text):
+def rate(text: str) -> float:
+    """The positive number that an option of any benchmark says."""
     return _number(text, "a finite number > 0", lambda value: 0 < value < math.inf)
 
 

@@ -85,7 +85,7 @@ def shapes(network: nn.Module, inputs: Inputs, batch_size: int) -> Any:
 
     def once(key):
         variables = network.init(key, images, train=False)
-        _call(network, variables["params"], variables.get("batch_stats", {}), images, key)
+        forward(network, variables["params"], variables.get("batch_stats", {}), images, key)
         return variables["params"]
 
     return jax.eval_shape(once, jax.random.key(0))
@@ -103,6 +103,7 @@ def compile(
     flip: bool = False,
     initial: Callable[[Any], Any] = lambda params: params,
     after: Sequence[optax.GradientTransformation] = (),
+    loss: Callable[..., tuple[jax.Array, Any]] | None = None,
 ) -> Program:
     """Compiles a run: SGD with Nesterov momentum, warm-up and cosine, weight decay on kernels.
 
@@ -120,10 +121,18 @@ def compile(
       flip: mirror half of the train images.
       initial: the parameters to start from, made of the network's own.
       after: transformations of the updates behind the optimizer.
+      loss: called with (params, batch_stats, images, labels, key, inputs), of which the images are
+        u8[N, H, W, C]; returns the loss and new batch_stats. None: cross-entropy in training mode.
     """
     steps = len(inputs.train_labels) // batch_size
     total = steps * epochs
     optimizer = optax.chain(sgd(learning_rate, total), *after)
+
+    def plain_loss(params, batch_stats, images, labels, key, inputs):
+        logits, new = forward(network, params, batch_stats, scale(images, inputs), key)
+        return cross_entropy(logits, labels).mean(), new
+
+    differentiated = jax.value_and_grad(loss or plain_loss, has_aux=True)
 
     def start(seed):
         images = jnp.zeros((1, *inputs.train_images.shape[1:]))
@@ -148,13 +157,9 @@ def compile(
             images, labels = inputs.train_images[indices], inputs.train_labels[indices]
             if augment:
                 images = _augment(key, images, images.shape[1] // 8, flip)
-            images = scale(images, inputs)
-
-            def loss(params):
-                logits, new = _call(network, params, batch_stats, images, key)
-                return _cross_entropy(logits, labels).mean(), new
-
-            (value, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            (value, batch_stats), grads = differentiated(
+                params, batch_stats, images, labels, key, inputs
+            )
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), batch_stats, opt_state), value
 
@@ -172,11 +177,10 @@ def compile(
         )
 
     def evaluate(state, inputs):
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-
         def batch(images, labels):
-            logits: Any = network.apply(variables, scale(images, inputs), train=False)
-            losses = jnp.where(labels >= 0, _cross_entropy(logits, labels), 0.0)
+            images = scale(images, inputs)
+            logits, _ = forward(network, state.params, state.batch_stats, images, train=False)
+            losses = jnp.where(labels >= 0, cross_entropy(logits, labels), 0.0)
             return losses.sum(), jnp.sum(logits.argmax(-1) == labels)
 
         losses, correct = lax.map(lambda b: batch(*b), (inputs.test_images, inputs.test_labels))
@@ -227,13 +231,9 @@ def _accuracy(network, state, inputs, batches, train=False):
     def of_seed(state):
         def right(batch):
             index, images, labels = batch
-            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            key = jax.random.fold_in(_key(state.seed, 1 + state.epoch), index) if train else None
             images = scale(images, inputs)
-            if train:
-                key = jax.random.fold_in(_key(state.seed, 1 + state.epoch), index)
-                logits, _ = _call(network, state.params, state.batch_stats, images, key)
-            else:
-                logits = network.apply(variables, images, train=False)
+            logits, _ = forward(network, state.params, state.batch_stats, images, key, train=train)
             return jnp.sum(logits.argmax(-1) == labels)
 
         return lax.map(right, (jnp.arange(len(batches[0])), *batches)).sum()
@@ -258,10 +258,27 @@ def _key(seed, use):
     return jax.random.fold_in(jax.random.key(seed, impl="rbg"), use)
 
 
-def _call(network, params, batch_stats, images, key):
+def forward(
+    network: nn.Module,
+    params: Any,
+    batch_stats: Any,
+    images: jax.Array,
+    key: jax.Array | None = None,
+    *,
+    train: bool = True,
+    **inputs: Any,
+) -> tuple[jax.Array, Any]:
+    """Logits f32[N, classes], and the running statistics, which move with `train` alone.
+
+    `key` is for methods that draw in training, `inputs` are what the network takes besides images.
+    """
     variables = {"params": params, "batch_stats": batch_stats}
+    if not train:
+        logits: Any = network.apply(variables, images, train=False, **inputs)
+        return logits, batch_stats
+    rngs = {} if key is None else {"ghost": key}
     logits, new = network.apply(
-        variables, images, train=True, mutable=["batch_stats"], rngs={"ghost": key}
+        variables, images, train=True, mutable=["batch_stats"], rngs=rngs, **inputs
     )
     return logits, new.get("batch_stats", {})
 
@@ -286,7 +303,8 @@ def _augment(key, images, pad, flip):
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
 
-def _cross_entropy(logits, labels):
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Loss of each image, f32[N]."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
