@@ -473,6 +473,7 @@ TABLES: dict[str, Table] = {
     "adversarial": Table(
         ("adversarial/adversarial.json", "adversarial/train/adversarial.json"), adversarial_rows
     ),
+    "adversarial-strong": Table(("adversarial/strong/adversarial.json",), adversarial_rows),
 }
 
 if __name__ == "__main__":
