@@ -596,7 +596,7 @@ class Preset:
 
     def init(self, key: Key, features: Features) -> tuple[ConditionedParams, Any]:
         """Parameters of the norm and of the condition, and the state of the norm."""
-        return expanded(self).init(key, features)
+        return _expanded(self).init(key, features)
 
     def apply(
         self,
@@ -611,29 +611,29 @@ class Preset:
     ) -> tuple[jax.Array, Any]:
         """Normalizes `x` as `BatchNorm.apply`, with the inputs that the traits name."""
         how = dict(train=train, mask=mask, key=key, **inputs)
-        return expanded(self).apply(params, state, x, **how)
+        return _expanded(self).apply(params, state, x, **how)
 
     def check_training(self, x: Any) -> None:
         """ValueError for an input of which the norm would make nothing."""
-        expanded(self).check_training(x)
+        _expanded(self).check_training(x)
 
     def observe(self, x: Any, mask: Mask = None, **inputs: Any) -> Any:
         """Statistics of the norm."""
-        return expanded(self).observe(x, mask, **inputs)
+        return _expanded(self).observe(x, mask, **inputs)
 
     def evaluation(
         self, params: Any, state: Any, x: Any = None, mask: Mask = None, **inputs: Any
     ) -> Normalizer:
         """As of `Conditioned`."""
-        return expanded(self).evaluation(params, state, x, mask, **inputs)
+        return _expanded(self).evaluation(params, state, x, mask, **inputs)
 
     def absorb(self, state: Any, seen: Any, **inputs: Any) -> Any:
         """The state moved by what `observe` saw."""
-        return expanded(self).absorb(state, seen, **inputs)
+        return _expanded(self).absorb(state, seen, **inputs)
 
 
 @functools.lru_cache
-def expanded(preset: Any) -> Any:
+def _expanded(preset: Any) -> Any:
     """The method that a preset stands for."""
     return preset.expand()
 
@@ -795,7 +795,7 @@ class AdaptiveLayerNorm(Preset, ConditionFields, ReductionFields):
 
     def gate(self, params: ConditionedParams, x: jax.Array, condition: Any) -> jax.Array:
         """The gate of "adaln_zero" for what comes behind; see `ConditionalAffine.gate`."""
-        return expanded(self).affine.gate(params.condition, x, condition)
+        return _expanded(self).affine.gate(params.condition, x, condition)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
