@@ -7,6 +7,7 @@ layer.
 """
 
 from normjax import propagate as propagate
+from normjax.core.method import Linear as Linear
 from normjax.core.method import Method as Method
 from normjax.core.method import Normalization as Normalization
 from normjax.core.method import Normalizer as Normalizer
@@ -66,6 +67,12 @@ from normjax.methods.layer import RMSNorm as RMSNorm
 from normjax.methods.running_norm import RunningNorm as RunningNorm
 from normjax.methods.spectral.method import SpectralBatchNorm as SpectralBatchNorm
 from normjax.methods.spectral.method import SpectralRunning as SpectralRunning
+from normjax.methods.whitening import CholeskyBatchNorm as CholeskyBatchNorm
+from normjax.methods.whitening import DecorrelatedBatchNorm as DecorrelatedBatchNorm
+from normjax.methods.whitening import IterativeNorm as IterativeNorm
+from normjax.methods.whitening import StochasticWhiteningBatchNorm as StochasticWhiteningBatchNorm
+from normjax.methods.whitening import Whitening as Whitening
+from normjax.methods.whitening import largest_rate as largest_rate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -78,6 +85,7 @@ __all__ = [
     "BatchNorm",
     "BatchRenorm",
     "Chain",
+    "CholeskyBatchNorm",
     "ClassAffine",
     "ConditionalAffine",
     "ConditionalBatchNorm",
@@ -86,6 +94,7 @@ __all__ = [
     "Conditioned",
     "ConditionedParams",
     "Covariances",
+    "DecorrelatedBatchNorm",
     "Derf",
     "DerfParams",
     "DynamicTanh",
@@ -99,10 +108,12 @@ __all__ = [
     "GhostNoiseBatchNorm",
     "GroupNorm",
     "InstanceNorm",
+    "IterativeNorm",
     "KalmanNorm",
     "KalmanParams",
     "KalmanRunning",
     "LayerNorm",
+    "Linear",
     "Method",
     "Moments",
     "MultiStats",
@@ -120,8 +131,11 @@ __all__ = [
     "SandwichBatchNorm",
     "SpectralBatchNorm",
     "SpectralRunning",
+    "StochasticWhiteningBatchNorm",
     "Traits",
+    "Whitening",
     "chain",
+    "largest_rate",
     "near_one",
     "operation_index",
     "pool",

@@ -80,6 +80,7 @@ def segment_ids(dtype, shape):
 WEIGHTED, SEGMENTS = {"extra": weights}, {"extra": segment_ids}
 GATED = {"extra": gate, "residual_bytes": 3.1}  # a gate in float32 beside bfloat16
 MAPS = {"masks_positions": False}
+WHOLE = {"masks_positions": False}  # masks of whole vectors
 variant = functools.partial(Case, tier=2)
 CASES = {
     "BatchNorm": Case(nj.BatchNorm(momentum=0.9), (16, 3, 3, 4)),
@@ -243,6 +244,68 @@ CASES = {
         nj.KalmanNorm(transition="learned", prior_features=4),
         (16, 3, 3, 5),
         extra=lambda dtype, _: prior(dtype, (4,)),
+    ),
+    "DecorrelatedBatchNorm": Case(nj.DecorrelatedBatchNorm(), (48, 3, 3, 4), **WHOLE),
+    "DecorrelatedBatchNorm, shared, authors' average, relu inside": variant(
+        nj.DecorrelatedBatchNorm(
+            group_size=2, shared_matrix=True, stored="matrix", activation=jax.nn.relu
+        ),
+        (48, 3, 4),
+        **WHOLE,
+    ),
+    "DecorrelatedBatchNorm, shuffled": variant(
+        nj.DecorrelatedBatchNorm(group_size=2, shuffle=True), (64, 3, 4), **WHOLE
+    ),
+    "CholeskyBatchNorm": Case(nj.CholeskyBatchNorm(group_size=2), (48, 3, 4), **WHOLE),
+    "CholeskyBatchNorm, smaller group, shrunk, debiased": variant(
+        nj.CholeskyBatchNorm(
+            group_size=2, last_group="smaller", shrinkage=0.1, running_average="debiased"
+        ),
+        (64, 4, 5),
+        **WHOLE,
+    ),
+    "IterativeNorm": Case(nj.IterativeNorm(group_size=2), (48, 3, 3, 4), **WHOLE),
+    "IterativeNorm, two axes, weighted": variant(
+        nj.IterativeNorm(group_size=3, axis=(1, -1), unbiased_running_var=True),
+        (64, 2, 3, 3),
+        **WHOLE,
+        **WEIGHTED,
+    ),
+    "IterativeNorm, minimax steps, channels first, guarded": variant(
+        nj.IterativeNorm(
+            steps=7, minimax_steps=4, scaling="power", axis=1, skip_nonfinite=True, use_bias=False
+        ),
+        (64, 4, 3),
+        **WHOLE,
+    ),
+    "IterativeNorm, published, smaller group": variant(
+        nj.IterativeNorm(
+            iteration="published", group_size=2, last_group="smaller", stored="matrix"
+        ),
+        (48, 3, 5),
+        **WHOLE,
+    ),
+    "IterativeNorm, quintic, frobenius": variant(
+        nj.IterativeNorm(iteration="quintic", scaling="frobenius", use_scale=False),
+        (96, 4),
+        **WHOLE,
+    ),
+    "StochasticWhiteningBatchNorm": Case(
+        nj.StochasticWhiteningBatchNorm(alpha=0.1), (48, 3, 3, 4), **WHOLE
+    ),
+    "StochasticWhiteningBatchNorm, frobenius, groups, scheduled": variant(
+        nj.StochasticWhiteningBatchNorm(
+            criterion="frobenius", group_size=2, last_group="smaller", alpha=nj.Ramp(0.1, 0.0, 0, 9)
+        ),
+        (48, 4, 5),
+        **WHOLE,
+    ),
+    "StochasticWhiteningBatchNorm, average, shrunk": variant(
+        nj.StochasticWhiteningBatchNorm(
+            form="covariance", half_life=3.0, shrinkage=0.1, activation=jax.nn.relu
+        ),
+        (96, 4),
+        **WHOLE,
     ),
     "SpectralBatchNorm": Case(nj.SpectralBatchNorm(), (16, 3, 4, 4), **MAPS),
     "SpectralBatchNorm, half, public scaling": variant(

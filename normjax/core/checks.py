@@ -44,6 +44,7 @@ _is_int = lambda a: isinstance(a, int | np.integer) and not isinstance(a, bool)
 none = _rule(lambda a: a is None, "is not None")
 flag = _rule(lambda a: isinstance(a, bool), "is not True or False")
 positive = _rule(lambda a: _is_int(a) and a > 0, "is not a positive integer")
+natural = _rule(lambda a: _is_int(a) and a >= 0, "is not an integer >= 0")
 sizes = _rule(
     lambda a: isinstance(a, tuple) and a and not any(map(positive, a)),
     "is not a sequence of positive integers",

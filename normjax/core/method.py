@@ -81,6 +81,24 @@ class Normalizer(NamedTuple):
     bias: jax.Array | None = None  # None: zero
 
 
+class Linear(NamedTuple):
+    """`activation(matrix (x - mean) + bias)` of groups of consecutive features: `matrices.mix`.
+
+    Several feature axes count as one. With one matrix all groups have it; the last group may lack
+    features, whose places in `mean` and `matrix` mean nothing.
+
+    Example:
+      >>> import normjax as nj
+      >>> norm = nj.DecorrelatedBatchNorm(group_size=2)
+      >>> norm.evaluation(*norm.init(None, 6)).matrix.shape
+      (3, 2, 2)
+    """
+
+    mean: jax.Array  # [groups, size]
+    matrix: jax.Array  # [groups, size, size]
+    bias: jax.Array | None = None  # [features]; None: zero
+
+
 @runtime_checkable
 class Normalization(Method, Protocol):
     """A method whose statistics can be had apart from its output.
@@ -96,7 +114,7 @@ class Normalization(Method, Protocol):
         ...
 
     def evaluation(self, params: Any, state: Any, x: Any = None, mask: Mask = None) -> Any:
-        """The `Normalizer` of evaluation; methods with running statistics need no `x` for it."""
+        """The `Normalizer` (or `Linear`) of evaluation; it needs no `x` with running statistics."""
         ...
 
     def absorb(self, state: Any, seen: Any) -> Any:

@@ -67,7 +67,7 @@ def _absorb(method, state, seen):
         count = state.count + jnp.any(valid).astype(state.count.dtype)
     if state.pool is not None:
         return _pooled(state, new, valid)._replace(count=count)
-    keep = _weight(method, state.count, state.mean.dtype)
+    keep = weight(method, state.count, state.mean.dtype)
     mean, var = blend(keep, (state.mean, state.var), (new.mean, var), valid)
     return Running(mean, var, count)
 
@@ -88,7 +88,7 @@ def momentum_at(method: RunningFields, count: jax.Array | None, dtype: Any) -> j
     return jnp.asarray(value, dtype)
 
 
-def _weight(method, count, dtype):
+def weight(method: RunningFields, count: jax.Array | None, dtype: Any) -> jax.Array:
     """The weight of the old statistics, for the kind of average."""
     keep: Any = method.momentum
     if method.running_average == "debiased" and keep < 1:  # momentum 1 weighs all batches alike

@@ -45,7 +45,7 @@ class Covariances(NamedTuple):
 
 
 class Parted(NamedTuple):
-    """Moments of a batch, and of the parts of it that a method treats apart.
+    """Moments (or covariances) of a batch, and of the parts of it that a method treats apart.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -56,13 +56,15 @@ class Parted(NamedTuple):
 
     count: jax.Array
     mean: jax.Array
-    var: jax.Array
+    var: jax.Array  # of covariances the covariance
     parts: Any  # what the method's `coefficients` take
 
 
 def whole(seen: Any) -> Any:
     """What `seen` says of the whole batch, without its parts."""
-    return Moments(*seen[:3]) if isinstance(seen, Parted) else seen
+    if not isinstance(seen, Parted):
+        return seen
+    return (Covariances if isinstance(seen.parts, Covariances) else Moments)(*seen[:3])
 
 
 def divisor(count: jax.Array) -> jax.Array:

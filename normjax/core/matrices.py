@@ -1,0 +1,249 @@
+"""Covariances of groups of features, and matrices applied to them: the passes of whitening.
+
+Features make groups of consecutive ones, and an input blocks, [groups, positions, size]. All
+products are in at least float32 at the highest precision: with less, whitened data are not white.
+Reverse mode keeps the input and the small arrays. With c = x - mean, g the cotangent and n the
+count:
+
+    covariances  S = sum(c c^T) / n   dS = sum(dc c^T + c dc^T) / n
+                                      dx = (gmean + (gS + gS^T) c) / n
+    mix          y = M c + b          dy = M (dx - dmean) + dM c + db
+                                      dx = M^T g, dM = sum(g c^T), dmean = -M^T sum(g)
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from normjax.core import groups
+from normjax.core.compat import kind
+from normjax.core.cpu import fence
+from normjax.core.linear import Input, differentiated
+from normjax.core.passes import (
+    activate,
+    activation_cotangent,
+    activation_tangent,
+    as_wide,
+    carried,
+    lift,
+    output_dtype,
+)
+from normjax.core.sharding import align, place, place_like, spec
+from normjax.core.statistics import Covariances, divisor
+from normjax.core.variance import average, is_weighted, keep, wide, widen
+
+Where = tuple[tuple[int, ...], int]  # the feature axes, and how many features make a group
+
+
+def to_blocks(a: jax.Array, where: Where) -> jax.Array:
+    """`a` as [groups, positions, size]; the last group is filled up with zeros.
+
+    Positions stay several axes where they are sharded over an Explicit mesh.
+    """
+    at, size = where
+    a = jnp.moveaxis(a, at, range(-len(at), 0))
+    positions = a.shape[: a.ndim - len(at)]
+    features = math.prod(a.shape[len(positions) :])
+    missing = -features % size
+    if len(at) > 1 or missing:
+        a = place(a, (*spec(a)[: len(positions)], *(None,) * len(at)), like=a)
+        a = a.reshape(*positions, features)
+    if missing:
+        a = jnp.pad(a, [(0, 0)] * len(positions) + [(0, missing)])
+    a = jnp.moveaxis(groups.split(a, a.ndim - 1, (features + missing) // size), -2, 0)
+    return a if _is_divided(a) else a.reshape(a.shape[0], math.prod(positions), size)
+
+
+def _is_divided(a):
+    """Whether positions lie on several devices of an Explicit mesh: one axis could not say how."""
+    return any(part is not None for part in spec(a)[1:-1])
+
+
+def from_blocks(blocks: jax.Array, where: Where, like: jax.Array) -> jax.Array:
+    """The inverse of `to_blocks`, with the shape of `like`."""
+    at, size = where
+    sizes = tuple(like.shape[i] for i in at)
+    features = math.prod(sizes)
+    positions = tuple(n for i, n in enumerate(like.shape) if i not in at)
+    if blocks.ndim == 3:
+        blocks = blocks.reshape(blocks.shape[0], *positions, size)
+    a = jnp.moveaxis(blocks, 0, -2)
+    if len(at) == 1 and features % size == 0:
+        like = jnp.moveaxis(like, at[0], -1)
+        return jnp.moveaxis(groups.join(a, a.ndim - 2, like=like), -1, at[0])
+    a = place(a, (*spec(a)[:-2], None, None), like=a)
+    a = a.reshape(*positions, -1)[..., :features].reshape(*positions, *sizes)
+    return jnp.moveaxis(a, range(-len(at), 0), at)
+
+
+def block_features(a: jax.Array, size: int) -> jax.Array:
+    """An array of the features, [...], as [groups, size], filled up with zeros."""
+    a = a.reshape(-1)
+    return jnp.pad(a, (0, -a.size % size)).reshape(-1, size)
+
+
+def unblock_features(a: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    """The inverse of `block_features`, for feature axes of these sizes."""
+    return a.reshape(-1)[: math.prod(sizes)].reshape(sizes)
+
+
+def gram(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Sums over all positions of outer products, [groups, of a, of b]."""
+    over = tuple(range(1, a.ndim - 1))
+    how: dict[str, Any] = {}
+    if any(part is not None for part in (*spec(a), *spec(b))):
+        parts = PartitionSpec(spec(a)[0], None, None)
+        how["out_sharding"] = NamedSharding(kind(a).sharding.mesh, parts)
+    return lax.dot_general(
+        a, b, ((over, over), ((0,), (0,))), precision=lax.Precision.HIGHEST, **how
+    )
+
+
+def times(blocks: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Every vector of `blocks`, as a row, times the `matrix` of its group."""
+    last = blocks.ndim - 1
+    return lax.dot_general(
+        blocks, matrix, (((last,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST
+    )
+
+
+def covariances(
+    x: jax.Array | Input, where: Where, *, mask: Any = None, diagonal: bool = False
+) -> Covariances:
+    """Count [groups], mean [groups, size] and population covariance [groups, size, size] of `x`.
+
+    Over all axes but those of features, along which `mask`, which may hold weights, has size one.
+    With `diagonal` only variances are differentiated; the rest are constants.
+    """
+    at, dtype = where[0], wide(x.dtype)
+    others = tuple(i for i in range(x.ndim) if i not in at)
+    if mask is None:
+        count = jnp.full((1,) * x.ndim, math.prod(x.shape[i] for i in others), dtype)
+    else:
+        shape = [1 if i in at else n for i, n in enumerate(x.shape)]
+        count = jnp.sum(jnp.broadcast_to(mask, shape), others, dtype=dtype, keepdims=True)
+    n = divisor(count) if mask is not None and is_weighted(mask) else jnp.maximum(count, 1)
+    mean, cov = _mean_cov(carried(x), mask, n, where, diagonal)
+    return Covariances(*align(jnp.broadcast_to(count.reshape(1), mean.shape[:1]), mean, cov))
+
+
+def _lifted(mean, where, x):
+    """A mean of features, [groups, size], with the rank of `x` and sharded as it."""
+    at, _ = where
+    mean = unblock_features(mean, tuple(x.shape[i] for i in at))
+    return place_like(lift(mean, at, x.ndim), x)
+
+
+def _centred(x, mean, where, mask=None):
+    """Blocks of `x - mean`, zero where masked; of weighted ones times the root of their weights."""
+    root = jnp.sqrt(mask) if mask is not None and is_weighted(mask) else mask
+    return to_blocks(keep(root, widen(x) - _lifted(mean, where, x)), where)
+
+
+def _mean_cov_tangent(where, diagonal, saved, tangents):
+    (x, mean, mask, n), (dx,) = saved, tangents
+    dmean = _means(widen(dx), mask, n, where)
+    c, dc = _centred(x, mean, where, mask), _centred(dx, jnp.zeros_like(mean), where, mask)
+    if diagonal:
+        dvar = jnp.sum(2 * c * dc, tuple(range(1, c.ndim - 1))) / n.reshape(1, 1)
+        return align(dmean, _diagonal(dvar))
+    half = gram(c, dc) / n.reshape(1, 1, 1)
+    return align(dmean, half + half.mT)
+
+
+def _mean_cov_transpose(where, diagonal, saved, cotangents):
+    (x, mean, mask, n), (gmean, gcov) = saved, cotangents
+    (mean,) = fence(mean, last=True)
+    shift = _lifted(gmean, where, x) / n
+    if diagonal:
+        slope = 2 * _lifted(jnp.diagonal(gcov, axis1=1, axis2=2), where, x) / n
+        return (keep(mask, (widen(x) - _lifted(mean, where, x)) * slope + shift),)
+    slope = (gcov + gcov.mT) / n.reshape(1, 1, 1)
+    dx = from_blocks(times(_centred(x, mean, where), slope), where, x)
+    return (keep(mask, dx + shift),)
+
+
+@differentiated(
+    _mean_cov_tangent,
+    _mean_cov_transpose,
+    static=2,
+    moving=1,
+    saves=lambda out, x, mask, n, where, diagonal: (x, out[0], mask, n),
+)
+def _mean_cov(x, mask, n, where, diagonal):
+    mean = _means(widen(x), mask, n, where)
+    c = _centred(x, mean, where, mask)
+    return mean, gram(c, c) / n.reshape(1, 1, 1)
+
+
+def _means(a, mask, n, where):
+    at, size = where
+    others = tuple(i for i in range(a.ndim) if i not in at)
+    return block_features(average(a, mask, n, (others, None)), size)
+
+
+def _diagonal(a):
+    return a[..., None] * jnp.eye(a.shape[-1], dtype=a.dtype)[None]
+
+
+def mix(
+    x: jax.Array | Input,
+    mean: jax.Array,
+    matrix: jax.Array,
+    bias: jax.Array | None,
+    where: Where,
+    *,
+    activation: Callable | None = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """`activation(matrix (x - mean) + bias)` of every group of features.
+
+    `mean` is [groups, size], `matrix` [groups, size, size], or [1, ...] for all groups alike;
+    `bias` has the sizes of the features.
+    """
+    x, (at, size) = carried(x), where
+    sizes = [x.shape[i] for i in at]
+    number = -(-math.prod(sizes) // size)
+    mean, matrix = (jnp.broadcast_to(a, (number, *a.shape[1:])) for a in as_wide(x, mean, matrix))
+    bias = jnp.zeros(sizes, matrix.dtype) if bias is None else bias.astype(matrix.dtype)
+    bias = block_features(bias, size)
+    return _mix(x, mean, matrix, bias, where, activation, output_dtype(dtype, x))
+
+
+def _mixed(c, matrix, bias, where, x):
+    return from_blocks(times(c, matrix.mT), where, x) + _lifted(bias, where, x)
+
+
+def _mix_tangent(where, activation, dtype, saved, tangents):
+    (x, mean, matrix, bias), (dx, dmean, dmatrix, dbias) = saved, tangents
+    c, dc = _centred(x, mean, where), _centred(dx, dmean, where)
+    dz = from_blocks(times(dc, matrix.mT) + times(c, dmatrix.mT), where, x)
+    dz = dz + _lifted(dbias, where, x)
+    if activation is not None:
+        dz = activation_tangent(activation, _mixed(c, matrix, bias, where, x), dz)
+    return dz.astype(dtype)
+
+
+def _mix_transpose(where, activation, _, saved, g):
+    x, mean, matrix, bias = saved
+    (mean,) = fence(mean, last=True)
+    c, h = _centred(x, mean, where), widen(g)
+    if activation is not None:
+        z = _mixed(c, matrix, bias, where, x)
+        h = activation_cotangent(activation, z, h, jnp.zeros((1,) * x.ndim, h.dtype))
+    others = tuple(i for i in range(x.ndim) if i not in where[0])
+    total = block_features(jnp.sum(h, others), where[1])
+    h = to_blocks(h, where)
+    dx = from_blocks(times(h, matrix), where, x)
+    return dx, -times(total[:, None], matrix)[:, 0], gram(h, c), total
+
+
+@differentiated(_mix_tangent, _mix_transpose, static=3, moving=4)
+def _mix(x, mean, matrix, bias, where, activation, dtype):
+    z = _mixed(_centred(x, mean, where), matrix, bias, where, x)
+    return activate(activation, z).astype(dtype)
