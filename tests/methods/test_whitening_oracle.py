@@ -55,7 +55,7 @@ class GradientsTest(parameterized.TestCase):
         *((one(group_size=6, axis=(1, -1)), (6, 6)) for one in BY_MATRIX),
         (nj.IterativeNorm(iteration="quintic", steps=3), (4,)),
         (nj.IterativeNorm(iteration="quintic", scaling="frobenius", steps=4), (4,)),
-        (nj.IterativeNorm(scaling="frobenius", shrinkage=0.1), (4,)),
+        (nj.IterativeNorm(scaling="frobenius", shrinkage=0.1, steps=1), (4,)),
         (nj.IterativeNorm(iteration="published", steps=0), (4,)),
         # At alpha = 0 the matrix is a constant of finite differences too.
         (LEARNT(alpha=0.0), (4,)),
@@ -95,6 +95,24 @@ class WhiteningTest(parameterized.TestCase):
         for rows in groups:
             close(rows.mean(0), 0)
             close(covariance(rows), np.eye(2))
+
+    @parameterized.parameters(*EXACT)
+    def test_shrinkage_is_towards_a_multiple_of_the_identity(self, one):
+        x = correlated(9, 4)
+        y, _ = train(one(epsilon=0.0, shrinkage=0.1), x, 4)
+        root, *_ = np.linalg.lstsq(x - x.mean(0), y, rcond=None)
+        shrunk = 0.9 * covariance(x) + 0.1 * x.var(0).mean() * np.eye(4)
+        close(root.T @ shrunk @ root, np.eye(4))
+
+    @parameterized.parameters(*BY_MATRIX, LEARNT)
+    def test_several_axes_are_flattened_in_order(self, one):
+        x, params = draw(0, 8, 3, 5, 2), params_for(6)
+        rows = x.transpose(0, 2, 1, 3).reshape(40, 6)
+        z, expected = train(one(group_size=2), rows, 2, 2, 2, params=params)
+        y, new = train(one(group_size=2, axis=(-1, 1)), x, 2, 2, 2, params=params)
+        close(y.transpose(0, 2, 1, 3).reshape(40, 6), z)
+        for name in ("mean", stored_of(one())):
+            close(getattr(new, name), getattr(expected, name))
 
     @parameterized.parameters(("cubic", 40), ("quintic", 20))
     def test_many_steps_are_decorrelation(self, iteration, steps):
