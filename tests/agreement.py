@@ -41,6 +41,8 @@ def variables(method, features, *, seed=100, count=3.0, dtype="float32"):
             value = count
         elif name == "var":
             value = 0.5 + value**2
+        elif name in ("cov", "matrix"):
+            value = 0.5 * np.eye(leaf.shape[-1]) + value @ value.swapaxes(-1, -2) / leaf.shape[-1]
         elif name in ("scale", "alpha"):
             value = 1 + 0.3 * value
         return jnp.asarray(value, dtype)

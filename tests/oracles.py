@@ -140,12 +140,14 @@ def pull_affine(leaf, z, g):
 def update(method, state, count, size, **moments):
     """Running averages; a channel without valid positions keeps its own.
 
-    `state.count` is the number of updates. The unbiased variance is that of `size` values.
+    `state.count` is the number of updates. The unbiased variance and covariance are those of `size`
+    values.
     """
     if method.skip_nonfinite and not all(np.isfinite(a).all() for a in moments.values()):
         return state
     if method.unbiased_running_var:
-        moments["var"] = moments["var"] * size / np.maximum(size - 1, 1)
+        for name in moments.keys() & {"var", "cov"}:
+            moments[name] = moments[name] * size / np.maximum(size - 1, 1)
     done = None if state.count is None else float(state.count)
     m = momentum_at(method, done)
     if method.running_average == "exponential":
@@ -160,7 +162,8 @@ def update(method, state, count, size, **moments):
     def blend(running, batch):
         running = f64(running)
         moved = new * batch.reshape(running.shape) + (old * running if old else 0)
-        return np.where(count.reshape(running.shape) > 0, moved, running)
+        valid = np.broadcast_to(count > 0, batch.shape).reshape(running.shape)
+        return np.where(valid, moved, running)
 
     advanced = None if done is None else done + float((count > 0).any())
     moved = {name: blend(getattr(state, name), batch) for name, batch in moments.items()}

@@ -15,6 +15,8 @@ INDEX = {
 # scale and bias, kind of running average) -> normjax's method.
 LAYERS = Registry()
 CHAINS = Registry()  # of a chain: for each of its methods, what its arrays' names begin with
+# Where a state was recorded by other names or in other shapes: (configuration, **arrays) -> fields.
+STATES = Registry()
 
 
 def names(prefix):
@@ -35,10 +37,15 @@ def load(name):
 
 
 def fields(name, prefix):
-    """The arrays whose names begin with `prefix`, by the rest; those of a chain also by method."""
+    """The arrays whose names begin with `prefix`, by the rest; those of a chain also by method.
+
+    A recorded state has the names and shapes that normjax's has.
+    """
     _, arrays = load(name)
     found = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
     kind = INDEX[name]["method"]
+    if prefix.startswith("state_") and kind in STATES:
+        return STATES[kind](INDEX[name]["config"], **found)
     if kind not in CHAINS:
         return found
     return {
@@ -57,9 +64,9 @@ def method(name):
         "use_scale": "scale" in parameters,
         "use_bias": "bias" in parameters,
     }
-    running = {}
-    if tracked and "decay" in config:
-        running = {"momentum": config["decay"]}
+    running, kept = {}, config.get("decay", config.get("moving_average_keep"))
+    if tracked and kept is not None:
+        running = {"momentum": kept}
     elif tracked and config["momentum"] is None:
         running = {"running_average": "cumulative"}
     elif tracked:
