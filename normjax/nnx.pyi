@@ -315,6 +315,61 @@ class Chain(Norm):
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
+class CholeskyBatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    constant_statistics: bool
+    group_size: int | None
+    last_group: Literal["equal", "smaller"]
+    shrinkage: float
+    stored: Literal["covariance", "matrix"]
+    shared_matrix: bool
+    shuffle: bool
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
+        group_size: int | None = ...,
+        last_group: Literal["equal", "smaller"] = ...,
+        shrinkage: float = ...,
+        stored: Literal["covariance", "matrix"] = ...,
+        shared_matrix: bool = ...,
+        shuffle: bool = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 class ClassAffine(Norm):
     axis: int | tuple[int, ...]
     dtype: Any
@@ -480,6 +535,61 @@ class Conditioned(Norm):
         *,
         use_running_average: bool = False,
         rngs: flax_nnx.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class DecorrelatedBatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    constant_statistics: bool
+    group_size: int | None
+    last_group: Literal["equal", "smaller"]
+    shrinkage: float
+    stored: Literal["covariance", "matrix"]
+    shared_matrix: bool
+    shuffle: bool
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
+        group_size: int | None = ...,
+        last_group: Literal["equal", "smaller"] = ...,
+        shrinkage: float = ...,
+        stored: Literal["covariance", "matrix"] = ...,
+        shared_matrix: bool = ...,
+        shuffle: bool = ...,
         scale_metadata: Mapping[str, Any] = ...,
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
@@ -862,6 +972,71 @@ class InstanceNorm(Norm):
         bias_metadata: Mapping[str, Any] = ...,
         use_fast_variance: bool = ...,
         promote_dtype: Any = ...,
+    ) -> None: ...
+
+class IterativeNorm(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    constant_statistics: bool
+    group_size: int | None
+    last_group: Literal["equal", "smaller"]
+    shrinkage: float
+    stored: Literal["covariance", "matrix"]
+    shared_matrix: bool
+    shuffle: bool
+    steps: int
+    iteration: Literal["cubic", "quintic", "published"]
+    scaling: Literal["trace", "frobenius", "power"]
+    minimax_steps: int
+    condition: float
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
+        group_size: int | None = ...,
+        last_group: Literal["equal", "smaller"] = ...,
+        shrinkage: float = ...,
+        stored: Literal["covariance", "matrix"] = ...,
+        shared_matrix: bool = ...,
+        shuffle: bool = ...,
+        steps: int = ...,
+        iteration: Literal["cubic", "quintic", "published"] = ...,
+        scaling: Literal["trace", "frobenius", "power"] = ...,
+        minimax_steps: int = ...,
+        condition: float = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
 class KalmanNorm(Norm):
@@ -1267,6 +1442,65 @@ class SpectralBatchNorm(Norm):
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
+class StochasticWhiteningBatchNorm(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    use_scale: bool
+    scale_init: Callable[..., Any]
+    use_bias: bool
+    bias_init: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array] | None
+    epsilon: float
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
+    momentum: float | Callable[[Any], Any]
+    running_average: Literal["exponential", "debiased", "cumulative"]
+    unbiased_running_var: bool
+    skip_nonfinite: bool
+    constant_statistics: bool
+    group_size: int | None
+    last_group: Literal["equal", "smaller"]
+    shrinkage: float
+    criterion: Literal["kl", "frobenius"]
+    alpha: float | Callable[[Any], Any]
+    half_life: float | None
+    form: Literal["update", "covariance"]
+    condition: float
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        use_scale: bool = ...,
+        scale_init: Callable[..., Any] = ...,
+        use_bias: bool = ...,
+        bias_init: Callable[..., Any] = ...,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: tuple[tuple[int, ...], ...] | None = ...,
+        momentum: float | Callable[[Any], Any] = ...,
+        running_average: Literal["exponential", "debiased", "cumulative"] = ...,
+        unbiased_running_var: bool = ...,
+        skip_nonfinite: bool = ...,
+        constant_statistics: bool = ...,
+        group_size: int | None = ...,
+        last_group: Literal["equal", "smaller"] = ...,
+        shrinkage: float = ...,
+        criterion: Literal["kl", "frobenius"] = ...,
+        alpha: float | Callable[[Any], Any] = ...,
+        half_life: float | None = ...,
+        form: Literal["update", "covariance"] = ...,
+        condition: float = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 __all__ = [
     "AdaptiveInstanceNorm",
     "AdaptiveLayerNorm",
@@ -1276,11 +1510,13 @@ __all__ = [
     "BatchNorm",
     "BatchRenorm",
     "Chain",
+    "CholeskyBatchNorm",
     "ClassAffine",
     "ConditionalAffine",
     "ConditionalBatchNorm",
     "ConditionalGroupNorm",
     "Conditioned",
+    "DecorrelatedBatchNorm",
     "Derf",
     "DynamicTanh",
     "EvalNorm",
@@ -1291,6 +1527,7 @@ __all__ = [
     "GhostNoiseBatchNorm",
     "GroupNorm",
     "InstanceNorm",
+    "IterativeNorm",
     "KalmanNorm",
     "LayerNorm",
     "MultiStats",
@@ -1302,4 +1539,5 @@ __all__ = [
     "SandwichBatchNorm",
     "Seen",
     "SpectralBatchNorm",
+    "StochasticWhiteningBatchNorm",
 ]

@@ -26,7 +26,7 @@ LAYERS = [
     ["core.fields", "core.linear", "core.segments", "core.tracing"],
     ["core.variance", "core.roots"],
     ["core.passes", "core.running"],
-    ["core.seam"],
+    ["core.seam", "core.matrices"],
     ["core.__init__"],
     ["propagate.borders", "propagate.moments"],
     ["propagate"],

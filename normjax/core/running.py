@@ -88,7 +88,7 @@ def momentum_at(method: RunningFields, count: jax.Array | None, dtype: Any) -> j
     return jnp.asarray(value, dtype)
 
 
-def weight(method: RunningFields, count: jax.Array | None, dtype: Any) -> jax.Array:
+def weight(method: RunningFields, count: Any, dtype: Any) -> jax.Array:
     """The weight of the old statistics, for the kind of average."""
     keep: Any = method.momentum
     if method.running_average == "debiased" and keep < 1:  # momentum 1 weighs all batches alike

@@ -137,7 +137,7 @@ def observe(
     if method.axis_name is None:
         return seen
     own, parts = statistics.over_devices(seen, method.axis_name, method.axis_index_groups)
-    return own if parts is None else Parted(*own, parts)
+    return own if parts is None else Parted(own.count, own.mean, own.cov, parts)
 
 
 def _where(method, x):
@@ -173,7 +173,8 @@ def apply(
         linear = self.evaluation(params, state, x, mask)
     where = at, linear.matrix.shape[-1]
     how: Any = dict(activation=self.epilogue(), dtype=self.dtype)
-    return matrices.mix(x, *linear, where, **how), state
+    y = matrices.mix(x, linear.mean, linear.matrix, linear.bias, where, **how)
+    return y, state
 
 
 def _require_variables(method, params, state, x):
@@ -181,7 +182,7 @@ def _require_variables(method, params, state, x):
     name, at = type(method).__name__, feature_positions(method, x.shape)
     checks.require_features(name, "axis", at, x.shape, (params.scale, params.bias))
     sizes = tuple(x.shape[i] for i in at)
-    wanted = jax.eval_shape(lambda: method.init(jax.random.key(0), sizes)[1])
+    wanted: Any = jax.eval_shape(lambda: method.init(jax.random.key(0), sizes)[1])
     shapes = [[None if a is None else tuple(a.shape) for a in tree] for tree in (state, wanted)]
     for leaf, has, needs in zip(state._fields, *shapes, strict=True):
         if has != needs:
@@ -365,9 +366,9 @@ class DecorrelatedBatchNorm(RootFields):
         Statistics are of all features, and the matrix is one of all: the cost is that of one group.
         Under a named axis give all devices the same `key`.
       axis, momentum, epsilon, use_scale, use_bias, scale_init, bias_init, dtype, param_dtype,
-        axis_name, axis_index_groups, activation, running_average, unbiased_running_var (of the
-        covariance), skip_nonfinite, constant_statistics: as in `BatchNorm`; no "pooled" average,
-        and no segments. Several feature axes count as one, the last one fastest.
+        axis_name, axis_index_groups, activation, running_average, unbiased_running_var,
+        skip_nonfinite, constant_statistics: as in `BatchNorm`, with the covariance for the
+        variance; no "pooled" average, no segments. Several feature axes count as one.
 
     Raises:
       ValueError: for fields that contradict each other, a `group_size` that does not divide the
@@ -677,9 +678,10 @@ class StochasticWhiteningBatchNorm(WhiteningFields):
         """Whitens by the running statistics; `x` and `mask` change nothing."""
         if x is not None:
             state = jax.tree.map(lambda a: passes.as_wide(x, a)[0], state)
-        kept = state.cov if state.matrix is None else state.matrix
-        matrix = self._whitener(kept, state.mean.size)
-        mean, var = (matrices.block_features(a, kept.shape[-1]) for a in (state.mean, state.var))
+        of: Any = state
+        kept = of.cov if of.matrix is None else of.matrix
+        matrix = self._whitener(kept, of.mean.size)
+        mean, var = (matrices.block_features(a, kept.shape[-1]) for a in (of.mean, of.var))
         return self._linear(params, mean, var, matrix)
 
     def absorb(self, state: Whitening, seen: Covariances | Parted) -> Whitening:

@@ -60,7 +60,7 @@ class GradientsTest(parameterized.TestCase):
         # At alpha = 0 the matrix is a constant of finite differences too.
         (LEARNT(alpha=0.0), (4,)),
         (LEARNT(alpha=0.0, group_size=3, last_group="smaller", axis=1), (3, 1)),
-        (LEARNT(alpha=0.0, group_size=2, shared_matrix=True, form="covariance"), (2,)),
+        (LEARNT(alpha=0.0, group_size=2, form="covariance"), (2, 2)),
     )
     def test_central_differences_with_mask(self, method, blocks):
         shape = {-1: (8, 5, 4), 1: (8, 4, 5), (1, -1): (8, 3, 5, 4)}[method.axis]

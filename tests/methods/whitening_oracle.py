@@ -130,7 +130,9 @@ def as_rows(method, a):
     order, positions = order_of(method, a.ndim)
     moved = a.transpose(order)
     width = int(np.prod(moved.shape[positions:]))
-    return moved.reshape(-1, group_width(method, width) if method.shared_matrix else width)
+    return moved.reshape(
+        -1, group_width(method, width) if getattr(method, "shared_matrix", False) else width
+    )
 
 
 def rows_of(method, x, mask):
