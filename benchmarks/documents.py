@@ -450,6 +450,18 @@ TABLES: dict[str, Table] = {
             }
         ),
     ),
+    "whitening-speed": Table(
+        ("speed/whitening/speed.json",),
+        speeds(
+            {
+                "time / flax BatchNorm": FLAX,
+                "/ plain": "{ratio_plain:.2f}",
+                "/ products": "{ratio_products:.2f}",
+                "bytes": "{normjax_bytes:.1f}",
+                "kept": KEPT,
+            }
+        ),
+    ),
     "segments": Table(("segments/segments.json",), segment_rows),
     "spectral": Table(("spectral/spectral.json",), spectral_rows),
     "ghost-noise": Table(GHOST_FILES, ghost_noise_rows),

@@ -3,7 +3,8 @@
 Spectral norms stand beside flax.linen's BatchNorm, a plain implementation with `jnp.fft`, and no
 more than a transform and its inverse. Norms with ghost noise stand beside flax.linen's BatchNorm,
 alone and with dropout. Norms with further inputs stand beside normjax's norm without them, "plain",
-and beside the same written with flax.linen and jnp.
+and beside the same written with flax.linen and jnp. Whitening stands beside flax.linen's BatchNorm,
+the formula as its authors write it, "plain", and the matrix products alone.
 
 A training step (forward and backward pass with a given cotangent, in one compiled program) of each
 method is timed in turns with its peers. Beside the time ratios stand what does not depend on the
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import inputs, machine
+from benchmarks import inputs, machine, whiteners
 
 # Large blocks come from the heap and stay mapped; otherwise page faults are what is measured.
 ALLOCATOR = {
@@ -48,6 +49,7 @@ CASES = {
     "SpectralBatchNorm, frequency": IMAGES,
     "SpectralBatchNorm, frequency, fft": IMAGES,
     **inputs.CASES,
+    **whiteners.CASES,
 }
 # Passes over the activation, forward and backward, that no schedule goes below: two kernels each
 # way where statistics cross samples, one each way where a sample's row or group fits on chip.
@@ -151,8 +153,13 @@ def measure(
     key = jax.random.key(2)
     row: dict[str, Any] = {"method": method, "shape": list(shape), "dtype": dtype}
     turns: dict[str, Callable[[], float]] = {}
-    found = programs(method, shape[1:-1], shape[-1]) if method not in inputs.CASES else None
-    for name, (variables, apply) in (found or inputs.programs(method, shape, dtype)).items():
+    if method in whiteners.CASES:
+        found = whiteners.programs(method, shape)
+    elif method in inputs.CASES:
+        found = inputs.programs(method, shape, dtype)
+    else:
+        found = programs(method, shape[1:-1], shape[-1])
+    for name, (variables, apply) in found.items():
 
         def step(variables, x, g, key, apply=apply):
             (y, new), pullback = jax.vjp(lambda v, x: apply(v, x, key), variables, x)
@@ -341,6 +348,7 @@ def show(results: dict[str, Any]) -> None:
         "/ flax",
         "/ torch",
         "/ plain",
+        "/ products",
         "/ plain FFT",
         "/ FFT pair",
         "/ flax + dropout",
@@ -354,7 +362,7 @@ def show(results: dict[str, Any]) -> None:
         ratio = "{ratio_flax:.2f} [{ratio_flax_low:.2f}, {ratio_flax_high:.2f}]".format(**row)
         others = (
             f"{row[name]:.2f}" if (name := f"ratio_{peer}") in row else ""
-            for peer in ("torch", "plain", "plain_fft", "fft_pair", "flax_dropout")
+            for peer in ("torch", "plain", "products", "plain_fft", "fft_pair", "flax_dropout")
         )
         table.add_row(
             row["method"],
