@@ -1,6 +1,5 @@
 """Whitening norms, their formulas written plainly, and their products: for `benchmarks.speed`."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +36,6 @@ def programs(method: str, shape: tuple[int, ...]) -> dict[str, tuple[Any, Callab
     variables = jax.jit(theirs.init)(jax.random.key(0), jnp.ones((2, channels)))
     scale, bias = jnp.ones(channels), jnp.zeros(channels)
     eye = jnp.tile(jnp.eye(SIZE), (channels // SIZE, 1, 1))
-    plain = functools.partial(_plain, method)
     products = _products(root=method != "StochasticWhiteningBatchNorm")
     return {
         "normjax": (
@@ -45,7 +43,7 @@ def programs(method: str, shape: tuple[int, ...]) -> dict[str, tuple[Any, Callab
             lambda v, x, key: ours.apply(*v, x, train=True),
         ),
         "flax": (variables, lambda v, x, key: theirs.apply(v, x, mutable=["batch_stats"])),
-        "plain": (((scale, bias), eye), lambda v, x, key: plain(*v, x)),
+        "plain": (((scale, bias), eye), lambda v, x, key: _plain(method, *v, x)),
         "products": ((), lambda v, x, key: (products(x), ())),
     }
 

@@ -70,6 +70,7 @@ from normjax.methods.spectral.method import SpectralRunning as SpectralRunning
 from normjax.methods.whitening import CholeskyBatchNorm as CholeskyBatchNorm
 from normjax.methods.whitening import DecorrelatedBatchNorm as DecorrelatedBatchNorm
 from normjax.methods.whitening import IterativeNorm as IterativeNorm
+from normjax.methods.whitening import SampleWhitening as SampleWhitening
 from normjax.methods.whitening import StochasticWhiteningBatchNorm as StochasticWhiteningBatchNorm
 from normjax.methods.whitening import Whitening as Whitening
 from normjax.methods.whitening import largest_rate as largest_rate
@@ -126,6 +127,7 @@ __all__ = [
     "Ramp",
     "Running",
     "RunningNorm",
+    "SampleWhitening",
     "SandwichAdaptiveInstanceNorm",
     "SandwichAuxBatchNorm",
     "SandwichBatchNorm",

@@ -1252,6 +1252,27 @@ class RunningNorm(Norm):
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
+class SampleWhitening(Norm):
+    activation: Callable[[jax.Array], jax.Array] | None
+    group_size: int | None
+    steps: int | None
+    epsilon: float
+    dtype: Any
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        activation: Callable[[jax.Array], jax.Array] | None = ...,
+        group_size: int | None = ...,
+        steps: int | None = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 class SandwichAdaptiveInstanceNorm(Norm):
     axis: int | tuple[int, ...]
     dtype: Any
@@ -1534,6 +1555,7 @@ __all__ = [
     "Norm",
     "RMSNorm",
     "RunningNorm",
+    "SampleWhitening",
     "SandwichAdaptiveInstanceNorm",
     "SandwichAuxBatchNorm",
     "SandwichBatchNorm",

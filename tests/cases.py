@@ -290,6 +290,15 @@ CASES = {
         (96, 4),
         **WHOLE,
     ),
+    "SampleWhitening": Case(
+        nj.SampleWhitening(group_size=2), (16, 24, 4), drops_rows=False, **WHOLE
+    ),
+    "SampleWhitening, steps, relu inside": variant(
+        nj.SampleWhitening(group_size=2, steps=5, activation=jax.nn.relu),
+        (16, 64),
+        drops_rows=False,
+        **WHOLE,
+    ),
     "StochasticWhiteningBatchNorm": Case(
         nj.StochasticWhiteningBatchNorm(alpha=0.1), (48, 3, 3, 4), **WHOLE
     ),

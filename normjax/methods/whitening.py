@@ -9,7 +9,7 @@ each batch moves by a small step.
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import lax
 
 from normjax.core import checks, matrices, passes, roots, running, statistics
 from normjax.core.checks import field
-from normjax.core.fields import COUNT, Schedule
+from normjax.core.fields import COUNT, DTYPE, ActivationFields, Schedule
 from normjax.core.method import Linear, Traits, feature_positions
 from normjax.core.sharding import place, spec
 from normjax.core.statistics import Covariances, Parted
@@ -578,7 +578,7 @@ class StochasticWhiteningBatchNorm(WhiteningFields):
       >>> y, state = method.apply(*method.init(None, 6), x, train=True)
     """
 
-    traits = WEIGHTED
+    traits: ClassVar[Traits] = WEIGHTED
 
     group_size: int | None = field(None, COUNT)
     criterion: Literal["kl", "frobenius"] = field("kl", checks.one_of("kl", "frobenius"))
@@ -694,3 +694,99 @@ class StochasticWhiteningBatchNorm(WhiteningFields):
             return {"var": (var, keep), leaf: (self._moved(state, seen), jnp.zeros_like(keep))}
 
         return _absorb(self, state, seen, update)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleWhitening(ActivationFields):
+    """Whitening of samples: what is uncorrelated are the samples of a batch, not the features.
+
+    Weng, Huang, Zhao, Anwer, Khan & Khan, *An Investigation into Whitening Loss for Self-supervised
+    Learning*, 2022, https://arxiv.org/abs/2210.03586, whose public implementation whitens either.
+
+    The mean of a sample and the covariance of two are over their positions and features, of which
+    there should be more than samples in a group; the output is `W (x - mean)` with the symmetric
+    root W of each group of consecutive samples. Training and evaluation are the same, with no
+    running statistics and no parameters: `chain(SampleWhitening(), Affine())` has these. Samples
+    see those of their group, so that a device needs whole groups.
+
+    Attributes:
+      group_size: samples in a group, which divides the batch; None: all.
+      steps: None: an eigendecomposition; T >= 0: so many steps of `IterativeNorm`.
+      epsilon: added to the variances, >= 0.
+      dtype: dtype of the output; None: that of the input.
+      activation: pointwise function of the output; the backward pass then keeps only `x`.
+
+    Raises:
+      ValueError: for a `group_size` that does not divide the batch, a single position and feature,
+        and a mask that is neither of whole samples nor the same for all.
+
+    Example:
+      >>> import jax, normjax as nj
+      >>> method = nj.SampleWhitening(group_size=4)
+      >>> x = jax.random.normal(jax.random.key(0), (8, 64))
+      >>> y, _ = method.apply(*method.init(None, 64), x, train=True)
+      >>> f"{y[0] @ y[1]:.3f}"
+      '0.000'
+    """
+
+    traits: ClassVar[Traits] = Traits(trains=False)
+
+    group_size: int | None = field(None, COUNT)
+    steps: int | None = field(None, checks.optional(checks.natural))
+    epsilon: float = field(1e-5, checks.interval(0))
+    dtype: Any = field(None, DTYPE)
+
+    def init(self, key: Key, features: Features) -> tuple[tuple[()], tuple[()]]:
+        """Neither parameters nor state."""
+        checks.as_features(type(self).__name__, features)
+        return (), ()
+
+    def check_training(self, x: Any) -> None:
+        """ValueError for samples of a single value."""
+        shape = jnp.shape(x)
+        if math.prod(shape[1:]) == 1:
+            raise ValueError(
+                f"{type(self).__name__}: samples of an input of shape {shape} are single values, "
+                "whose covariances are zero."
+            )
+
+    @traced_once
+    def apply(
+        self,
+        params: tuple[()],
+        state: tuple[()],
+        x: jax.Array,
+        *,
+        train: bool,
+        mask: Mask = None,
+        key: Key = None,
+    ) -> tuple[jax.Array, tuple[()]]:
+        """Whitens the samples of real `x`, [batch, ...]; masked ones take no part."""
+        del train, key
+        name = type(self).__name__
+        x, mask = passes.inputs(self, x, mask)
+        if x.ndim < 2:
+            raise ValueError(f"{name}: an input of shape {x.shape} has no samples of features.")
+        batch_size = x.shape[0]
+        size = batch_size if self.group_size is None else self.group_size
+        if size and batch_size % size:
+            raise ValueError(
+                f"{name}: group_size={size} does not divide a batch of {batch_size} samples. Pad "
+                "the batch, and mask the padding."
+            )
+        of_samples = mask is not None and all(n == 1 for n in mask.shape[1:])
+        if mask is not None and not of_samples and mask.shape[0] != 1:
+            raise ValueError(
+                f"{name}: a mask of shape {mask.shape} is neither of whole samples nor the same "
+                "for all, but a covariance is of two whole samples."
+            )
+        where = (0,), size if batch_size else 1
+        seen = matrices.covariances(x, where, mask=None if of_samples else mask)
+        eye = identities(batch_size, where[1], seen.cov.dtype)
+        if mask is not None and of_samples:
+            present = jnp.broadcast_to(mask, (batch_size, *mask.shape[1:]))
+            eye = eye * present.reshape(-1, where[1], 1)
+        by = DecorrelatedBatchNorm() if self.steps is None else IterativeNorm(steps=self.steps)
+        matrix = by.root(seen.cov + self.epsilon * eye, eye)
+        how: Any = dict(activation=self.epilogue(), dtype=self.dtype)
+        return matrices.mix(x, seen.mean, matrix, None, where, **how), state
