@@ -43,7 +43,7 @@ def programs(method: str, shape: tuple[int, ...]) -> dict[str, tuple[Any, Callab
             lambda v, x, key: ours.apply(*v, x, train=True),
         ),
         "flax": (variables, lambda v, x, key: theirs.apply(v, x, mutable=["batch_stats"])),
-        "plain": (((scale, bias), eye), lambda v, x, key: _plain(method, *v, x)),
+        "plain": (((scale, bias), eye), lambda v, x, key: _plain(method, v[0], v[1], x)),
         "products": ((), lambda v, x, key: (products(x), ())),
     }
 

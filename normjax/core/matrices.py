@@ -77,7 +77,7 @@ def from_blocks(blocks: jax.Array, where: Where, like: jax.Array) -> jax.Array:
         like = jnp.moveaxis(like, at[0], -1)
         return jnp.moveaxis(groups.join(a, a.ndim - 2, like=like), -1, at[0])
     a = place(a, (*spec(a)[:-2], None, None), like=a)
-    a = a.reshape(*positions, -1)[..., :features].reshape(*positions, *sizes)
+    a = a.reshape(*positions, a.shape[-2] * size)[..., :features].reshape(*positions, *sizes)
     return jnp.moveaxis(a, range(-len(at), 0), at)
 
 
