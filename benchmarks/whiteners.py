@@ -37,12 +37,17 @@ def programs(method: str, shape: tuple[int, ...]) -> dict[str, tuple[Any, Callab
     scale, bias = jnp.ones(channels), jnp.zeros(channels)
     eye = jnp.tile(jnp.eye(SIZE), (channels // SIZE, 1, 1))
     products = _products(root=method != "StochasticWhiteningBatchNorm")
+
+    def flax(variables, x, key):
+        y, new = theirs.apply(variables, x, mutable=["batch_stats"])
+        return y.astype(x.dtype), new
+
     return {
         "normjax": (
             ours.init(None, channels),
             lambda v, x, key: ours.apply(*v, x, train=True),
         ),
-        "flax": (variables, lambda v, x, key: theirs.apply(v, x, mutable=["batch_stats"])),
+        "flax": (variables, flax),
         "plain": (((scale, bias), eye), lambda v, x, key: _plain(method, v[0], v[1], x)),
         "products": ((), lambda v, x, key: (products(x), ())),
     }

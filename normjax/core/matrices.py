@@ -11,6 +11,7 @@ count:
                                       dx = M^T g, dM = sum(g c^T), dmean = -M^T sum(g)
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -92,8 +93,33 @@ def unblock_features(a: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
     return a.reshape(-1)[: math.prod(sizes)].reshape(sizes)
 
 
-def gram(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Sums over all positions of outer products, [groups, of a, of b]."""
+def gram(a: jax.Array, b: jax.Array, where: Where) -> jax.Array:
+    """Sums over all positions of outer products within groups, [groups, of a, of b]."""
+    return _on_platform(_gram, _wide_gram, where, a, b)
+
+
+def times(a: jax.Array, matrix: jax.Array, where: Where) -> jax.Array:
+    """The features of every group, as a row, times the `matrix` of the group."""
+    return _on_platform(_times, _wide_times, where, a, matrix)
+
+
+def _on_platform(narrow, wide, where, a, b):
+    at, size = where
+    width = _width(math.prod(a.shape[i] for i in at), size)
+    if width == size or any(spec(a)[i] is not None for i in at):
+        return narrow(a, b, where)
+    tpu = functools.partial(wide, where=where, width=width)
+    return lax.platform_dependent(a, b, tpu=tpu, default=functools.partial(narrow, where=where))
+
+
+def _width(features, size):
+    """The largest number of features in whole groups that divides all, up to LANES if it can be."""
+    widths = range(LANES // size * size, size, -size)
+    return next((n for n in widths if features % n == 0), size)
+
+
+def _gram(a, b, where):
+    a, b = to_blocks(a, where), to_blocks(b, where)
     over = tuple(range(1, a.ndim - 1))
     how: dict[str, Any] = {}
     if any(part is not None for part in (*spec(a), *spec(b))):
@@ -104,12 +130,32 @@ def gram(a: jax.Array, b: jax.Array) -> jax.Array:
     )
 
 
-def times(blocks: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Every vector of `blocks`, as a row, times the `matrix` of its group."""
+def _times(a, matrix, where):
+    blocks = to_blocks(a, where)
     last = blocks.ndim - 1
-    return lax.dot_general(
+    blocks = lax.dot_general(
         blocks, matrix, (((last,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST
     )
+    return from_blocks(blocks, where, a)
+
+
+# On TPU a minor axis shorter than LANES is filled up: several groups make one block there, of which
+# the products between groups are dropped.
+LANES = 512
+
+
+def _wide_gram(a, b, where, width):
+    at, size = where
+    found = _gram(a, b, (at, width)).reshape(-1, width // size, size, width // size, size)
+    return jnp.einsum("nkikj->nkij", found).reshape(-1, size, size)
+
+
+def _wide_times(a, matrix, where, width):
+    at, size = where
+    number = width // size
+    each = matrix.reshape(-1, number, size, 1, size)
+    apart = each * jnp.eye(number, dtype=a.dtype).reshape(1, number, 1, number, 1)
+    return _times(a, apart.reshape(-1, width, width), (at, width))
 
 
 def covariances(
@@ -140,9 +186,9 @@ def _lifted(mean, where, x):
 
 
 def _centred(x, mean, where, mask=None):
-    """Blocks of `x - mean`, zero where masked; of weighted ones times the root of their weights."""
+    """`x - mean`, zero where masked; of weighted ones times the root of their weights."""
     root = jnp.sqrt(mask) if mask is not None and is_weighted(mask) else mask
-    return to_blocks(keep(root, widen(x) - _lifted(mean, where, x)), where)
+    return keep(root, widen(x) - _lifted(mean, where, x))
 
 
 def _mean_cov_tangent(where, diagonal, saved, tangents):
@@ -150,9 +196,8 @@ def _mean_cov_tangent(where, diagonal, saved, tangents):
     dmean = _means(widen(dx), mask, n, where)
     c, dc = _centred(x, mean, where, mask), _centred(dx, jnp.zeros_like(mean), where, mask)
     if diagonal:
-        dvar = jnp.sum(2 * c * dc, tuple(range(1, c.ndim - 1))) / n.reshape(1, 1)
-        return align(dmean, _diagonal(dvar))
-    half = gram(c, dc) / n.reshape(1, 1, 1)
+        return align(dmean, _diagonal(_means(2 * c * dc, None, n, where)))
+    half = gram(c, dc, where) / n.reshape(1, 1, 1)
     return align(dmean, half + half.mT)
 
 
@@ -164,8 +209,7 @@ def _mean_cov_transpose(where, diagonal, saved, cotangents):
         slope = 2 * _lifted(jnp.diagonal(gcov, axis1=1, axis2=2), where, x) / n
         return (keep(mask, (widen(x) - _lifted(mean, where, x)) * slope + shift),)
     slope = (gcov + gcov.mT) / n.reshape(1, 1, 1)
-    dx = from_blocks(times(_centred(x, mean, where), slope), where, x)
-    return (keep(mask, dx + shift),)
+    return (keep(mask, times(_centred(x, mean, where), slope, where) + shift),)
 
 
 @differentiated(
@@ -178,7 +222,7 @@ def _mean_cov_transpose(where, diagonal, saved, cotangents):
 def _mean_cov(x, mask, n, where, diagonal):
     mean = _means(widen(x), mask, n, where)
     c = _centred(x, mean, where, mask)
-    return mean, gram(c, c) / n.reshape(1, 1, 1)
+    return mean, gram(c, c, where) / n.reshape(1, 1, 1)
 
 
 def _means(a, mask, n, where):
@@ -216,14 +260,13 @@ def mix(
 
 
 def _mixed(c, matrix, bias, where, x):
-    return from_blocks(times(c, matrix.mT), where, x) + _lifted(bias, where, x)
+    return times(c, matrix.mT, where) + _lifted(bias, where, x)
 
 
 def _mix_tangent(where, activation, dtype, saved, tangents):
     (x, mean, matrix, bias), (dx, dmean, dmatrix, dbias) = saved, tangents
     c, dc = _centred(x, mean, where), _centred(dx, dmean, where)
-    dz = from_blocks(times(dc, matrix.mT) + times(c, dmatrix.mT), where, x)
-    dz = dz + _lifted(dbias, where, x)
+    dz = times(dc, matrix.mT, where) + times(c, dmatrix.mT, where) + _lifted(dbias, where, x)
     if activation is not None:
         dz = activation_tangent(activation, _mixed(c, matrix, bias, where, x), dz)
     return dz.astype(dtype)
@@ -238,9 +281,8 @@ def _mix_transpose(where, activation, _, saved, g):
         h = activation_cotangent(activation, z, h, jnp.zeros((1,) * x.ndim, h.dtype))
     others = tuple(i for i in range(x.ndim) if i not in where[0])
     total = block_features(jnp.sum(h, others), where[1])
-    h = to_blocks(h, where)
-    dx = from_blocks(times(h, matrix), where, x)
-    return dx, -times(total[:, None], matrix)[:, 0], gram(h, c), total
+    dmean = -jnp.matmul(total[:, None], matrix, precision=lax.Precision.HIGHEST)[:, 0]
+    return times(h, matrix, where), dmean, gram(h, c, where), total
 
 
 @differentiated(_mix_tangent, _mix_transpose, static=3, moving=4)
