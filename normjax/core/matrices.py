@@ -203,7 +203,7 @@ def _mean_cov_tangent(where, diagonal, saved, tangents):
 
 def _mean_cov_transpose(where, diagonal, saved, cotangents):
     (x, mean, mask, n), (gmean, gcov) = saved, cotangents
-    (mean,) = fence(mean, last=True)
+    x, mean = fence(x, mean, last=True)
     shift = _lifted(gmean, where, x) / n
     if diagonal:
         slope = 2 * _lifted(jnp.diagonal(gcov, axis1=1, axis2=2), where, x) / n
@@ -274,7 +274,7 @@ def _mix_tangent(where, activation, dtype, saved, tangents):
 
 def _mix_transpose(where, activation, _, saved, g):
     x, mean, matrix, bias = saved
-    (mean,) = fence(mean, last=True)
+    x, mean = fence(x, mean, last=True)
     c, h = _centred(x, mean, where), widen(g)
     if activation is not None:
         z = _mixed(c, matrix, bias, where, x)
