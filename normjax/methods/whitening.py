@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normjax.core import checks, matrices, passes, roots, running, statistics
+from normjax.core import checks, groups, matrices, passes, roots, running, statistics
 from normjax.core.checks import field
 from normjax.core.fields import COUNT, DTYPE, ActivationFields, Schedule
 from normjax.core.method import Linear, Normalizer, Traits, feature_positions
@@ -788,7 +788,8 @@ class SampleWhitening(ActivationFields):
         eye = identities(batch_size, size, seen.cov.dtype)
         if mask is not None and of_samples:
             present = jnp.broadcast_to(mask, (batch_size, *mask.shape[1:]))
-            eye = eye * present.reshape(-1, size, 1)
+            present = groups.split(present, 0, batch_size // size)
+            eye = eye * jnp.squeeze(present, tuple(range(3, present.ndim)))
         by = DecorrelatedBatchNorm() if self.steps is None else IterativeNorm(steps=self.steps)
         matrix = by.root(seen.cov + self.epsilon * eye, eye)
         return matrices.mix(x, seen.mean, matrix, None, where, **how), state
