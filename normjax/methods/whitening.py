@@ -109,7 +109,7 @@ def identities(features: int, size: int, dtype: Any) -> jax.Array:
     """An identity for each group, [groups, size, size]: zero for what the last group lacks."""
     number = -(-features // size)
     present = jnp.arange(number * size, dtype=jnp.int32).reshape(number, size, 1) < features
-    return present * jnp.eye(size, dtype=dtype)[None]
+    return present.astype(dtype) * jnp.eye(size, dtype=dtype)[None]
 
 
 def observe(
@@ -483,9 +483,7 @@ class IterativeNorm(RootFields):
         super().__post_init__()
         wrong = None
         if self.minimax_steps > self.steps:
-            wrong = (
-                f"minimax_steps={self.minimax_steps} of steps={self.steps}: they are among these"
-            )
+            wrong = f"minimax_steps={self.minimax_steps} are more than steps={self.steps}"
         elif self.iteration == "published" and self.steps > roots.SAFE_STEPS:
             wrong = (
                 f"steps={self.steps} with iteration='published', whose rounding takes over beyond "
@@ -538,7 +536,7 @@ class StochasticWhiteningBatchNorm(WhiteningFields):
 
     The input is standardized as in batch normalization, `x_s = (x - mean) / sqrt(var + epsilon)`.
     With its correlations C, W moves by `W - alpha D`, with `E = W C W^T - I` and `D = E W` (KL) or
-    `D = E W C / |E|` (Frobenius; no step where E is zero), and is made symmetric. The output is
+    `D = E W C / |E|` (Frobenius; no step where E is zero or its rounding), and is made symmetric. The output is
     `scale * W x_s + bias` with the new W. W is a constant of the backward pass; mean and variance
     are not. Evaluation takes the running mean and variance and W as it is.
 
@@ -635,6 +633,7 @@ class StochasticWhiteningBatchNorm(WhiteningFields):
         seen = lax.stop_gradient(seen)
         cov, old = (a.astype(seen.cov.dtype) for a in (seen.cov, old))
         eye = identities(state.mean.size, cov.shape[-1], cov.dtype)
+        old *= _pairs(eye)
         inverse = lax.rsqrt(jnp.diagonal(cov, axis1=1, axis2=2) + self.epsilon)
         corr = _shrunk(self, cov * inverse[:, :, None] * inverse[:, None, :], eye)
         alpha = jnp.asarray(self._rate(state.count), cov.dtype)
@@ -644,8 +643,10 @@ class StochasticWhiteningBatchNorm(WhiteningFields):
             error = roots.product(roots.product(old, corr), old.mT) - eye
             step = roots.product(error, old)
             if self.criterion == "frobenius":
-                size = jnp.sum(jnp.square(error), (1, 2), keepdims=True)
-                step = roots.product(step, corr) * lax.rsqrt(statistics.divisor(size))
+                size = jnp.linalg.norm(error, axis=(1, 2), keepdims=True)
+                rounding = 4 * cov.shape[-1] * jnp.finfo(cov.dtype).eps
+                share = jnp.where(size > rounding, 1 / statistics.divisor(size), 0)
+                step = roots.product(step, corr) * share
             new = old - alpha * step
             new = (new + new.mT) / 2
         return jnp.where(seen.count[:, None, None] > 0, new, old)
@@ -789,7 +790,7 @@ class SampleWhitening(ActivationFields):
         if mask is not None and of_samples:
             present = jnp.broadcast_to(mask, (batch_size, *mask.shape[1:]))
             present = groups.split(present, 0, batch_size // size)
-            eye = eye * jnp.squeeze(present, tuple(range(3, present.ndim)))
+            eye *= jnp.squeeze(present, tuple(range(3, present.ndim))).astype(eye.dtype)
         by = DecorrelatedBatchNorm() if self.steps is None else IterativeNorm(steps=self.steps)
         matrix = by.root(seen.cov + self.epsilon * eye, eye)
         return matrices.mix(x, seen.mean, matrix, None, where, **how), state

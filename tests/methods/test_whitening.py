@@ -1,0 +1,476 @@
+"""DecorrelatedBatchNorm, CholeskyBatchNorm, IterativeNorm, StochasticWhiteningBatchNorm."""
+
+import dataclasses
+from itertools import cycle
+
+import agreement
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import vector_files
+from absl.testing import parameterized
+from agreement import close, draw, ragged
+
+import normjax as nj
+from normjax.core import roots
+
+KEY = jax.random.key(0)
+ZCA, CHOLESKY, STEPS = nj.DecorrelatedBatchNorm, nj.CholeskyBatchNorm, nj.IterativeNorm
+LEARNT = nj.StochasticWhiteningBatchNorm
+ROOTS = (ZCA, CHOLESKY, STEPS)
+KINDS = ("iter_norm", "iter_norm_flex", "dbn", "dbn2", "swbn")
+RECORDED = [name for kind in KINDS for name in vector_files.names(kind)]
+
+
+def mixed(*shape, seed=0, dtype="float32"):
+    """Normal numbers whose last axis is correlated."""
+    mix = np.eye(shape[-1]) + 0.4 * draw(seed + 50, shape[-1], shape[-1], dtype="float64")
+    return jnp.asarray(draw(seed, *shape, dtype="float64") @ mix, dtype)
+
+
+def train(method, x, features=None, *, state=None, key=None, **inputs):
+    """Output and state of one step from the start."""
+    params, first = method.init(KEY, x.shape[-1] if features is None else features)
+    state = first if state is None else state
+    return method.apply(params, state, x, train=True, key=key, **inputs)
+
+
+def covariance(y):
+    rows = np.asarray(y, "float64").reshape(-1, y.shape[-1])
+    return np.cov(rows, rowvar=False, bias=True)
+
+
+def with_correlation(corr, repeats=1):
+    """Rows of mean zero and variance one with exactly this correlation."""
+    d = len(corr)
+    rows = np.sqrt(d) * np.linalg.cholesky(corr).T
+    return jnp.asarray(np.concatenate([rows, -rows] * repeats))
+
+
+def ill(condition, d, seed=0):
+    """A correlation matrix; its condition number is some `condition`."""
+    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))
+    cov = (q * np.geomspace(1, condition, d)) @ q.T
+    return cov / np.sqrt(np.outer(np.diag(cov), np.diag(cov)))
+
+
+class AgreementTest(parameterized.TestCase):
+    @parameterized.parameters(*RECORDED)
+    def test_vectors(self, name):
+        agreement.check_vectors(name)
+
+    @parameterized.parameters(*(name for name in RECORDED if name.startswith("iter_norm")))
+    def test_vectors_in_the_coupled_form(self, name):
+        agreement.check_vectors(name, iteration="cubic")
+
+    ORACLE = (
+        *(dict(make=one, shape=(24, 4), mask=(24, 1), features=4) for one in ROOTS),
+        *(
+            dict(make=one, shape=(6, 5, 4, 3), mask=(6, 5, 1, 1), features=(4, 3), axis=(2, -1))
+            | dict(group_size=6, stored="matrix", momentum=0.5)
+            for one in ROOTS
+        ),
+        *(
+            dict(make=one, shape=(4, 5, 9), mask=(4, 1, 9), features=5, axis=1, group_size=3)
+            | dict(last_group="smaller", shrinkage=0.2, unbiased_running_var=True)
+            for one in ROOTS
+        ),
+        *(
+            dict(make=one, shape=(9, 3, 4), mask=(9, 3, 1), features=4, group_size=2)
+            | dict(shared_matrix=True, running_average="debiased", activation=jax.nn.relu)
+            for one in ROOTS
+        ),
+        dict(make=ZCA, shape=(24, 4), mask=(24, 1), features=4, constant_statistics=True),
+        dict(make=STEPS, shape=(24, 4), mask=(24, 1), features=4, iteration="quintic", steps=3),
+        dict(make=STEPS, shape=(24, 4), mask=(24, 1), features=4, scaling="frobenius", steps=9),
+        dict(make=STEPS, shape=(24, 4), mask=(24, 1), features=4, steps=0, use_bias=False),
+        dict(make=LEARNT, shape=(24, 4), mask=(24, 1), features=4, alpha=0.1),
+        dict(make=LEARNT, shape=(24, 4), mask=(24, 1), features=4, alpha=0.05)
+        | dict(criterion="frobenius", group_size=3, last_group="smaller", momentum=0.9),
+        dict(make=LEARNT, shape=(8, 4, 5), mask=(8, 1, 5), features=4, axis=1, half_life=2.0)
+        | dict(form="covariance", shrinkage=0.1, activation=jax.nn.relu),
+        dict(make=LEARNT, shape=(24, 4), mask=(24, 1), features=4, alpha=nj.Ramp(0, 0.4, 0, 4)),
+    )
+
+    @parameterized.parameters(*zip(ORACLE, cycle(agreement.KINDS)))
+    def test_oracle(self, case, kind):
+        case = dict(case)
+        agreement.check_case(case.pop("make"), case, (("float64"), kind[1]))
+
+    @parameterized.parameters(*(dict(case) for case in ORACLE[::3]))
+    def test_evaluation_is_the_oracle(self, make, **case):
+        agreement.check_case(make, case, ("float64", False), train=False)
+
+
+class LimitsTest(parameterized.TestCase):
+    @parameterized.parameters(*range(10))
+    def test_groups_of_one_feature_are_batch_norm(self, steps):
+        x, g = mixed(32, 4), draw(1, 32, 4)
+        methods = [STEPS(group_size=1, steps=steps)]
+        methods += [ZCA(group_size=1), CHOLESKY(group_size=1)] if steps == 0 else []
+        plain = nj.BatchNorm()
+
+        def pulled(method):
+            y, back = jax.vjp(lambda x: train(method, x)[0], x)
+            return y, back(g)
+
+        for method in methods:
+            chex.assert_trees_all_close(pulled(method), pulled(plain), atol=2e-5, rtol=2e-5)
+            (_, state), (_, known) = train(method, x), train(plain, x)
+            close(state.cov.ravel(), known.var, 1e-6)
+
+    @parameterized.parameters("update", "covariance")
+    def test_stochastic_whitening_at_rate_zero_is_batch_norm(self, form):
+        x, g = mixed(32, 4), draw(1, 32, 4)
+        method, plain = LEARNT(alpha=0.0, form=form, epsilon=1e-5), nj.BatchNorm()
+        (y, back), (z, known) = (jax.vjp(lambda x, m=m: train(m, x)[0], x) for m in (method, plain))
+        close(y, z, 2e-6)
+        close(back(g)[0], known(g)[0], 5e-6)
+        state, moved = train(method, x)[1], train(plain, x)[1]
+        close((state.mean, state.var), (moved.mean, moved.var), 1e-6)
+
+    @parameterized.parameters(*range(8))
+    def test_coupled_and_published_forms_agree(self, steps):
+        with jax.enable_x64(True):
+            x = mixed(64, 8, dtype="float64")
+            by = ("cubic", "published")
+            y, z = (train(STEPS(steps=steps, iteration=one), x)[0] for one in by)
+            close(y, z, 1e-5)
+
+    @parameterized.parameters(
+        ZCA(), CHOLESKY(), STEPS(steps=30), STEPS(steps=9, minimax_steps=4, scaling="power")
+    )
+    def test_the_output_is_white(self, method):
+        close(covariance(train(method, mixed(64, 3, 8))[0]), np.eye(8), 2e-4)
+
+    @parameterized.parameters(ZCA(), STEPS())
+    def test_features_may_be_permuted(self, method):
+        x, order = mixed(32, 6), np.array([3, 0, 5, 1, 4, 2])
+        close(train(method, x[:, order])[0], train(method, x)[0][:, order], 2e-5)
+
+    def test_the_symmetric_root_turns_with_the_input(self):
+        x, (q, _) = mixed(32, 6), np.linalg.qr(draw(7, 6, 6))
+        close(train(ZCA(), x @ q)[0], train(ZCA(), x)[0] @ q, 5e-5)
+
+    def test_white_input_keeps_a_deviation_of_0_766_after_five_steps(self):
+        x = with_correlation(np.eye(64))
+        y, _ = train(STEPS(epsilon=0.0), x.astype("float32"))
+        close(covariance(y), 0.766**2 * np.eye(64), 1e-3)
+        y, _ = train(STEPS(epsilon=0.0, scaling="frobenius"), x.astype("float32"))
+        close(covariance(y), np.eye(64), 3e-3)
+
+    @parameterized.parameters(*ROOTS, LEARNT)
+    def test_evaluation_by_the_batch_is_training(self, one):
+        fields = {"alpha": 0.1} if one is LEARNT else {"group_size": 2}
+        method, x = one(momentum=0.0, **fields), mixed(32, 4)
+        params, _ = method.init(KEY, 4)
+        y, state = train(method, x)
+        close(method.apply(params, state, x, train=False)[0], y, 1e-5)
+
+    @parameterized.parameters(
+        ZCA(group_size=2),
+        STEPS(group_size=3, last_group="smaller"),
+        CHOLESKY(group_size=2, shared_matrix=True),
+        LEARNT(alpha=0.1, group_size=2),
+    )
+    def test_evaluation_is_a_linear_map(self, method):
+        x = mixed(32, 4)
+        params = jax.tree.map(lambda a: a + 0.1 * jnp.arange(4.0), method.init(KEY, 4)[0])
+        _, state = train(method, x)
+        found, size = method.evaluation(params, state), method.group_size
+        groups = [np.s_[i : i + size] for i in range(0, 4, size)]
+        y = np.empty_like(x)
+        for i, at in enumerate(groups):
+            width = len(range(*at.indices(4)))
+            one = lambda a, i=i: np.asarray(a[min(i, len(a) - 1)])
+            matrix, mean = one(found.matrix)[:width, :width], one(found.mean)[:width]
+            y[:, at] = (np.asarray(x)[:, at] - mean) @ matrix.T + np.asarray(params.bias)[at]
+        close(method.apply(params, state, x, train=False)[0], y, 1e-5)
+
+    def test_weights_count_like_repeated_rows(self):
+        with jax.enable_x64(True):
+            x, times = mixed(12, 4, dtype="float64"), np.array([1, 2, 0] * 4)
+            method = ZCA(unbiased_running_var=True)
+            y, state = train(method, x, weights=jnp.asarray(times, float)[:, None])
+            z, known = train(method, jnp.repeat(x, times, axis=0))
+            close(jnp.repeat(y, times, axis=0), z, 1e-10)
+            close(state, known, 1e-6)
+
+    @parameterized.parameters(ZCA, CHOLESKY, STEPS)
+    def test_residual(self, one):
+        steps = {"steps": 1} if one is STEPS else {}
+        method = one(group_size=3, last_group="smaller", shrinkage=0.01, **steps)
+        x = mixed(64, 5)
+        _, state = method.init(KEY, 5)
+        found = method.residual(state, method.observe(x))
+        assert found.shape == (2, 3, 3)
+        assert (jnp.abs(found).max() > 0.1) == (one is STEPS)
+        more = STEPS(group_size=3, last_group="smaller", steps=20)
+        assert jnp.abs(more.residual(state, more.observe(x))).max() < 1e-4
+
+
+class ShuffleTest(parameterized.TestCase):
+    def test_groups_are_those_of_permuted_features(self):
+        x, key = mixed(64, 6), jax.random.key(3)
+        y, _ = train(CHOLESKY(group_size=2, shuffle=True), x, key=key)
+        order = jax.random.permutation(key, jnp.arange(6))
+        z, _ = train(CHOLESKY(group_size=2), x[:, order])
+        close(y[:, order], z, 2e-5)
+        assert not np.allclose(y, train(CHOLESKY(group_size=2), x)[0], atol=1e-2)
+
+    def test_evaluation_has_consecutive_groups(self):
+        x, plain = mixed(64, 6), ZCA(group_size=2, momentum=0.0)
+        method = dataclasses.replace(plain, shuffle=True)
+        params, _ = method.init(KEY, 6)
+        _, state = train(method, x, key=KEY)
+        y, _ = method.apply(params, state, x, train=False)
+        close(y, train(plain, x)[0], 2e-5)
+        residual = method.residual(state, method.observe(x))
+        assert residual.shape == (1, 6, 6) and jnp.abs(residual).max() < 1e-4
+
+    def test_a_key_is_needed(self):
+        with self.assertRaisesRegex(ValueError, "key=None"):
+            train(ZCA(shuffle=True), mixed(8, 4))
+
+
+class StochasticTest(parameterized.TestCase):
+    def moved(self, method, x, steps, state=None):
+        params, first = method.init(KEY, x.shape[-1])
+
+        def step(state, _):
+            return method.apply(params, state, x, train=True)[1], None
+
+        first = jax.tree.map(lambda a: a.astype(x.dtype), first) if state is None else state
+        return jax.jit(lambda s: jax.lax.scan(step, s, None, steps)[0])(first)
+
+    def test_converges_to_the_inverse_root(self):
+        with jax.enable_x64(True):
+            corr = ill(30, 5)
+            state = self.moved(LEARNT(alpha=0.2, epsilon=0.0), with_correlation(corr), 400)
+            close(state.matrix[0], roots.zca(jnp.asarray(corr)), 1e-9)
+
+    def test_the_frobenius_step_comes_nearer(self):
+        x = with_correlation(ill(30, 5)).astype("float32")
+        method = LEARNT(alpha=0.02, criterion="frobenius", epsilon=0.0)
+        far = [
+            np.linalg.norm(
+                covariance(train(method, x, state=self.moved(method, x, n))[0]) - np.eye(5)
+            )
+            for n in (1, 50, 300)
+        ]
+        assert far[0] > 1.5 * far[1] > 2 * far[2]
+
+    def test_partial_whitening_in_closed_form(self):
+        with jax.enable_x64(True):
+            corr = np.full((4, 4), 0.7) + 0.3 * np.eye(4)  # eigenvalues 3.1 and 0.3
+            rate, steps = 1e-3, 340
+            method, x = LEARNT(alpha=rate, epsilon=0.0), with_correlation(corr)
+            state = self.moved(method, x, steps)
+            white = state.matrix[0] @ corr @ state.matrix[0].T
+            decay = np.exp(-2 * rate * steps)
+            wanted = [c / (c - (c - 1) * decay) for c in (0.3, 0.3, 0.3, 3.1)]
+            np.testing.assert_allclose(np.linalg.eigvalsh(white), wanted, rtol=1e-3)
+
+    @parameterized.parameters((0.9, True), (1.1, False))
+    def test_bound_of_the_rate(self, share, converges):
+        with jax.enable_x64(True):
+            corr = ill(4000, 6)
+            values = np.linalg.eigvalsh(corr)
+            bound = nj.largest_rate(values[-1] / values[0])
+            method, root = LEARNT(alpha=share * bound, epsilon=0.0), roots.zca(jnp.asarray(corr))
+            near = root + 1e-6 * (lambda a: a + a.T)(draw(2, 6, 6, dtype="float64"))
+            x = with_correlation(corr)
+            first = nj.Whitening(jnp.zeros(6), jnp.ones(6), matrix=near[None])
+            far = jnp.abs(self.moved(method, x, 600, first).matrix[0] - root).max()
+            assert (far < 1e-8) == converges, far
+
+    def test_both_forms_agree_for_small_rates(self):
+        x = mixed(64, 4)
+        by = [
+            self.moved(LEARNT(alpha=1e-3, form=form), x, 300) for form in ("update", "covariance")
+        ]
+        close(by[0].matrix[0], roots.zca(by[1].cov[0]), 1e-3)
+        y, z = (
+            train(LEARNT(alpha=1e-3, form=f), x, state=s)[0]
+            for f, s in zip(("update", "covariance"), by, strict=True)
+        )
+        close(y, z, 2e-3)
+
+    def test_half_life(self):
+        method, x = LEARNT(half_life=20.0, form="covariance", epsilon=0.0), mixed(64, 3)
+        state, corr = self.moved(method, x, 20), np.corrcoef(x, rowvar=False)
+        close(state.cov[0], (np.eye(3) + corr) / 2, 2e-2)
+
+    def test_uncorrelated_features_leave_the_matrix_alone(self):
+        x = with_correlation(np.diag([1.0, 2, 3, 4])).astype("float32")
+        for criterion in ("kl", "frobenius"):
+            state = self.moved(LEARNT(alpha=0.1, criterion=criterion, epsilon=0.0), x, 5)
+            close(state.matrix[0], np.eye(4), 1e-5)
+
+    def test_the_step_of_the_matrix_is_invisible_to_grad(self):
+        """The gradient is batch norm's, of the cotangent times the transpose of the new matrix."""
+        x, g, method = mixed(64, 4), draw(1, 64, 4), LEARNT(alpha=0.3)
+        y, back = jax.vjp(lambda x: train(method, x)[0], x)
+        matrix = train(method, x)[1].matrix[0]
+        z, known = jax.vjp(lambda x: train(nj.BatchNorm(), x)[0], x)
+        close(y, z @ matrix.T, 1e-5)
+        close(back(g)[0], known(g @ matrix)[0], 1e-5)
+
+
+class SafetyTest(parameterized.TestCase):
+    METHODS = (
+        ZCA(),
+        CHOLESKY(),
+        STEPS(steps=20),
+        STEPS(steps=7, minimax_steps=4, scaling="power"),
+        LEARNT(alpha=0.1),
+    )
+
+    @parameterized.product(method=METHODS, kind=("constant", "white", "few"))
+    def test_derivatives_are_finite(self, method, kind):
+        x = {
+            "constant": jnp.full((8, 6), 3.0),
+            "white": with_correlation(np.eye(6)).astype("float32"),
+            "few": mixed(3, 6),
+        }[kind]
+        loss = lambda x: jnp.sum(jnp.sin(train(method, x)[0]))
+        run = jax.jit(lambda x, d: (train(method, x), jax.jvp(jax.grad(loss), (x,), (d,))))
+        chex.assert_tree_all_finite(run(x, mixed(*x.shape, seed=5)))
+
+    @parameterized.parameters(
+        nj.Ghost(STEPS(group_size=2), groups=2),
+        nj.chain(ZCA(use_scale=False, use_bias=False), nj.Affine()),
+        nj.chain(STEPS(group_size=2), nj.LayerNorm()),
+    )
+    def test_wrappers(self, method):
+        x = mixed(32, 4)
+        params, state = method.init(KEY, 4)
+        y, state = method.apply(params, state, x, train=True)
+        z, _ = method.apply(params, state, x, train=False)
+        chex.assert_tree_all_finite((y, z, state))
+        if isinstance(method, nj.Ghost):
+            halves = [train(method.method, half)[0] for half in (x[:16], x[16:])]
+            close(y, jnp.concatenate(halves), 1e-6)
+
+    def test_conditioned_is_the_norm_and_then_the_classes(self):
+        x, labels = mixed(32, 4), jnp.arange(32) % 3
+        method = nj.Conditioned(ZCA(), nj.ClassAffine(3))
+        params, state = method.init(KEY, 4)
+        for training in (True, False):
+            y, _ = method.apply(params, state, x, train=training, condition=labels)
+            z, _ = ZCA().apply(params.norm, state, x, train=training)
+            rows = params.condition.scale[labels], params.condition.bias[labels]
+            close(y, z * rows[0] + rows[1], 1e-5)
+
+    def test_statistics_of_branches(self):
+        x, method = mixed(32, 4), nj.MultiStats(ZCA(), 2)
+        params, state = method.init(KEY, 4)
+        _, moved = method.apply(params, state, x, train=True, branch=1)
+        np.testing.assert_array_equal(moved.cov[0], state.cov[0])
+        close(moved.cov[1], train(ZCA(), x)[1].cov, 1e-6)
+
+    def test_pooled_covariances_are_those_of_the_whole(self):
+        x, method = mixed(32, 4), ZCA(group_size=2)
+        seen = nj.pool(method.observe(x[:10]), method.observe(x[10:]))
+        assert isinstance(seen, nj.Covariances)
+        close(seen, method.observe(x), 1e-6)
+
+    @parameterized.parameters(
+        (lambda: ZCA(group_size=0), "group_size=0"),
+        (lambda: ZCA(shared_matrix=True, last_group="smaller"), "groups of one size"),
+        (lambda: ZCA(shuffle=True, stored="matrix"), "shuffle=True"),
+        (lambda: ZCA(shuffle=True, shared_matrix=True), "shuffle=True"),
+        (lambda: ZCA(stored="matrix", unbiased_running_var=True), "keeps no covariance"),
+        (lambda: ZCA(shrinkage=1.5), "shrinkage=1.5"),
+        (lambda: ZCA(running_average="pooled"), "pool"),
+        (lambda: STEPS(steps=-1), "steps=-1"),
+        (lambda: STEPS(steps=2.5), "steps=2.5"),
+        (lambda: STEPS(iteration="published", steps=8), "beyond 7"),
+        (lambda: STEPS(iteration="published", scaling="power"), "scaling='trace'"),
+        (lambda: STEPS(minimax_steps=6), "more than steps=5"),
+        (lambda: STEPS(condition=0.5), "condition=0.5"),
+        (lambda: LEARNT(alpha=-0.1), "alpha=-0.1"),
+        (lambda: LEARNT(alpha=1.0), "does not converge"),
+        (lambda: LEARNT(alpha=1.01 * nj.largest_rate(50), condition=50), "does not converge"),
+        (lambda: LEARNT(alpha=0.1, half_life=3.0), "give one of them"),
+        (lambda: LEARNT(half_life=0), "half_life=0"),
+        (lambda: LEARNT(form="covariance", criterion="frobenius"), "criterion='kl'"),
+        (lambda: LEARNT(form="covariance", alpha=0.6), "at most 1/2"),
+    )
+    def test_fields(self, make, words):
+        with self.assertRaisesRegex(ValueError, words):
+            make()
+
+    def test_rates_below_the_bound_are_taken(self):
+        LEARNT(alpha=0.99 * nj.largest_rate(50), condition=50)
+        LEARNT(alpha=0.5, form="covariance", condition=1e6)
+
+    @parameterized.parameters(
+        (ZCA(group_size=3), (8, 4), {}, "does not divide 4 features"),
+        (ZCA(), (1, 4), {}, "single value"),
+        (ZCA(), (4,), {}, "no axis"),
+        (ZCA(), (8, 4), {"mask": np.ones((8, 4), bool)}, "vary along the features"),
+        (LEARNT(), (8, 4), {"weights": np.ones((8, 4))}, "vary along the features"),
+        (STEPS(), (8, 4), {"weights": -np.ones((8, 1))}, "negative"),
+        (STEPS(), (8, 4), {"segment_ids": np.zeros((8, 1), int)}, "takes no input"),
+    )
+    def test_inputs(self, method, shape, inputs, words):
+        with self.assertRaisesRegex((ValueError, TypeError), words):
+            train(method, jnp.ones(shape), **inputs)
+
+    def test_complex_input(self):
+        with self.assertRaisesRegex(TypeError, "complex"):
+            train(ZCA(), jnp.ones((8, 4), complex))
+
+    @parameterized.parameters(
+        (ZCA(group_size=2), ZCA(), "`cov`"),
+        (ZCA(stored="matrix"), ZCA(), "`cov`"),
+        (LEARNT(form="covariance"), LEARNT(), "`cov`"),
+        (nj.BatchNorm(), nj.BatchNorm(axis=0), "features"),
+        (ZCA(running_average="debiased"), ZCA(), "`count`"),
+    )
+    def test_a_state_of_another_configuration(self, made, used, words):
+        params, state = made.init(KEY, 4)
+        with self.assertRaisesRegex(ValueError, words):
+            used.apply(params, state, mixed(8, 4), train=True)
+
+
+class SamplesTest(parameterized.TestCase):
+    def whitened(self, x, epsilon=1e-5):
+        """Rows of float64 [samples, values], whitened by the symmetric root."""
+        c = x - x.mean(1, keepdims=True)
+        values, vectors = np.linalg.eigh(c @ c.T / c.shape[1] + epsilon * np.eye(len(c)))
+        return (vectors / np.sqrt(values)) @ vectors.T @ c
+
+    @parameterized.parameters(None, 3)
+    def test_groups_of_samples(self, size):
+        x = np.asarray(draw(0, 6, 7, 8), "float64")
+        y, _ = train(nj.SampleWhitening(group_size=size), jnp.asarray(x, "float32"))
+        groups = [x] if size is None else [x[:3], x[3:]]
+        wanted = [self.whitened(part.reshape(len(part), -1)) for part in groups]
+        close(y.reshape(6, -1), np.concatenate(wanted), 2e-5)
+
+    def test_masks_of_samples_and_of_positions(self):
+        x, method = np.asarray(draw(0, 6, 7, 8), "float64"), nj.SampleWhitening()
+        keep, seen = ragged(1, 6), ragged(2, 7)
+        spoilt = jnp.asarray(np.where(keep[:, None, None], x, np.nan), "float32")
+        y, _ = train(method, spoilt, mask=keep[:, None, None])
+        close(y[keep].reshape(keep.sum(), -1), self.whitened(x[keep].reshape(keep.sum(), -1)), 2e-5)
+        spoilt = jnp.asarray(np.where(seen[:, None], x, np.nan), "float32")
+        y, _ = train(method, spoilt, mask=seen[:, None])
+        close(y[:, seen].reshape(6, -1), self.whitened(x[:, seen].reshape(6, -1)), 2e-5)
+
+    def test_steps(self):
+        x = jnp.asarray(draw(0, 4, 64))
+        close(*(train(nj.SampleWhitening(steps=n), x)[0] for n in (None, 20)), 2e-5)
+
+    @parameterized.parameters(
+        ((6, 8), {}, "does not divide a batch of 6"),
+        ((8, 1), {}, "single values"),
+        ((8,), {}, "no samples of features"),
+        ((8, 5), {"mask": np.ones((8, 5), bool)}, "neither of whole samples"),
+    )
+    def test_inputs(self, shape, inputs, words):
+        with self.assertRaisesRegex(ValueError, words):
+            train(nj.SampleWhitening(group_size=4), jnp.ones(shape), features=1, **inputs)
