@@ -60,6 +60,8 @@ RUNNING_NORM = "normjax/methods/running_norm.py"
 LINEN, CARRY = (f"normjax/linen/{name}.py" for name in ("__init__", "carry"))
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
 BALANCE = "normjax/analysis/balance.py"
+MATRICES, ROOTS = (f"normjax/core/{name}.py" for name in ("matrices", "roots"))
+WHITENING = "normjax/methods/whitening.py"
 
 OF_PASSES = {
     "transpose of the drop doubled": Mutant(
@@ -958,7 +960,7 @@ OF_THE_SEAM = {
     ),
     "pool counts parts of a batch twice": Mutant(
         STATISTICS,
-        "return Moments(*seen[:3]) if isinstance(seen, Parted) else seen",
+        "if not isinstance(seen, Parted):\n        return seen",
         "return seen",
         some("test_seam.py", "treat_parts_apart"),
     ),
@@ -1269,8 +1271,139 @@ OF_SEGMENTS = {
     ),
 }
 
+OF_WHITENING = {
+    "covariance transposed without its other half": Mutant(
+        MATRICES,
+        "slope = (gcov + gcov.mT) / n.reshape(1, 1, 1)",
+        "slope = 2 * gcov / n.reshape(1, 1, 1)",
+        adjoint("covariances"),
+    ),
+    "weights of covariances squared": Mutant(
+        MATRICES,
+        "root = jnp.sqrt(mask) if mask is not None",
+        "root = mask if mask is not None",
+        adjoint("covariances, weights"),
+    ),
+    "count of weights rounded up": Mutant(
+        MATRICES,
+        "n = divisor(count) if mask is not None and is_weighted(mask) else jnp.maximum(count, 1)",
+        "n = jnp.maximum(count, 2)",
+        some("methods/test_whitening.py", "groups_of_one_feature or weights_count or test_oracle"),
+    ),
+    "variances alone doubled": Mutant(
+        MATRICES,
+        "slope = 2 * _lifted(jnp.diagonal(gcov",
+        "slope = _lifted(jnp.diagonal(gcov",
+        adjoint("covariances, variances"),
+    ),
+    "matrix transposed in the pullback": Mutant(
+        MATRICES,
+        "return times(h, matrix, where), dmean",
+        "return times(h, matrix.mT, where), dmean",
+        adjoint("mix"),
+    ),
+    "mean's cotangent of another sign": Mutant(
+        MATRICES,
+        "dmean = -jnp.matmul(",
+        "dmean = jnp.matmul(",
+        adjoint("mix"),
+    ),
+    "matrix transposed in the map": Mutant(
+        MATRICES,
+        "return times(c, matrix.mT, where) + _lifted(bias, where, x)",
+        "return times(c, matrix, where) + _lifted(bias, where, x)",
+        some("methods/test_whitening.py", "evaluation_is_a_linear_map"),
+    ),
+    "wide blocks of other groups": Mutant(
+        MATRICES,
+        'jnp.einsum("nkikj->nkij", found)',
+        'jnp.einsum("nlikj->nkij", found)',
+        some("test_passes.py", "wide_blocks"),
+    ),
+    "derivative of the symmetric root of another sign": Mutant(
+        ROOTS,
+        "moved = -_lyapunov(product(cov, matrix), back, roots, vectors)",
+        "moved = _lyapunov(product(cov, matrix), back, roots, vectors)",
+        some("test_roots.py", "derivatives and zca-generic"),
+    ),
+    "the Lyapunov solution's own derivative left out": Mutant(
+        ROOTS,
+        "return _lyapunov(a, dc - product(da, x) - product(x, da), *basis)",
+        "return _lyapunov(a, dc, *basis)",
+        some("test_roots.py", "derivatives and zca-generic"),
+    ),
+    "the iteration uncoupled": Mutant(
+        ROOTS,
+        "m = product(z, y) if i else y",
+        "m = product(product(z, z), cov / scale) if i else y",
+        some("test_roots.py", "ill_conditioned or products"),
+    ),
+    "a scale below the largest eigenvalue": Mutant(
+        ROOTS,
+        "bound = _by_power(cov) * cov.shape[-1] ** (1 / (2 * POWER_STEPS))",
+        "bound = _by_power(cov) / 2",
+        some("test_roots.py", "is_a_bound"),
+    ),
+    "epsilon forgotten": Mutant(
+        WHITENING,
+        "return _shrunk(method, cov, eye) + method.epsilon * eye, eye, join",
+        "return _shrunk(method, cov, eye), eye, join",
+        some("methods/test_whitening.py", "test_vectors"),
+    ),
+    "shrinkage towards the trace": Mutant(
+        WHITENING,
+        "level = jnp.trace(cov, axis1=1, axis2=2) / jnp.trace(eye, axis1=1, axis2=2)",
+        "level = jnp.trace(cov, axis1=1, axis2=2)",
+        some("methods/test_whitening.py", "test_oracle"),
+    ),
+    "what the last group lacks not left out": Mutant(
+        WHITENING,
+        "cov = cov * present[:, :, None] * present[:, None, :]",
+        "cov = cov * 1",
+        some("methods/test_whitening.py", "evaluation_is_the_oracle or test_oracle"),
+    ),
+    "the old matrix used": Mutant(
+        WHITENING,
+        "matrix = self._whitener(self._moved(state, seen), state.mean.size)",
+        "matrix = self._whitener(state.matrix, state.mean.size)",
+        some("methods/test_whitening.py", "test_vectors or invisible"),
+    ),
+    "the step of the matrix differentiated": Mutant(
+        WHITENING,
+        """        seen = lax.stop_gradient(seen)
+        cov, old""",
+        "        cov, old",
+        some("methods/test_whitening.py", "invisible or test_vectors"),
+    ),
+    "the matrix not made symmetric": Mutant(
+        WHITENING,
+        "new = (new + new.mT) / 2",
+        "new = new * 1",
+        some("methods/test_whitening.py", "test_vectors"),
+    ),
+    "scale of the input's features": Mutant(
+        WHITENING,
+        "return matrix * scale[..., None]",
+        "return matrix * scale[:, None]",
+        some("methods/test_whitening.py", "test_vectors"),
+    ),
+    "groups not dealt": Mutant(
+        WHITENING,
+        "dealt = every if key is None else jax.random.permutation(key, every)",
+        "dealt = every",
+        some("methods/test_whitening.py", "permuted_features"),
+    ),
+    "masked samples in the root": Mutant(
+        WHITENING,
+        "eye *= jnp.squeeze(present",
+        "eye += 0 * jnp.squeeze(present",
+        some("methods/test_whitening.py", "masks_of_samples"),
+    ),
+}
+
 MUTANTS = {
     **OF_ANALYSIS,
+    **OF_WHITENING,
     **OF_WEIGHTS,
     **OF_SEGMENTS,
     **OF_THE_SEAM,

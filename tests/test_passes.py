@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from normjax.core import passes
+from normjax.core import matrices, passes
 from normjax.core.compat import plain_derivatives
 from normjax.core.linear import Input, differentiated
 from normjax.core.method import Normalizer
@@ -74,6 +74,19 @@ def transform(route, layout, x):
 
 def inverse(route, layout, spectrum):
     return transforms.inverse(spectrum, layout, route, spectrum.dtype)
+
+
+def covariances(at, size, x, **how):
+    return matrices.covariances(x, (at, size), **how)[1:]
+
+
+def blocks(number, size):
+    return draw(3, number, size), draw(4, number, size, size)
+
+
+def mix(at, activation, x, mean, matrix, bias):
+    where = at, mean.shape[-1]
+    return matrices.mix(x, mean, matrix, bias, where, activation=activation)
 
 
 def spectrum(layout):
@@ -152,6 +165,23 @@ def cases():
             x,
             small[0],
             constant,
+        ),
+        "covariances": (functools.partial(covariances, (2, 3), 3), x),
+        "covariances, weights": (
+            functools.partial(covariances, (3,), 2, mask=jnp.abs(draw(1, 4, 3, 4, 1))),
+            x,
+        ),
+        "covariances, variances": (
+            functools.partial(covariances, (3,), 1, mask=jnp.asarray(SAMPLES), diagonal=True),
+            x,
+        ),
+        "mix": (functools.partial(mix, (2, 3), None), x, *blocks(3, 3), draw(2, 4, 2)),
+        "mix, relu": (functools.partial(mix, (3,), jax.nn.relu), x, *blocks(1, 2), draw(2, 2)),
+        "mix, softmax, shared": (
+            functools.partial(mix, (2,), jax.nn.softmax),
+            x,
+            *blocks(1, 2),
+            draw(2, 4),
         ),
         **{
             f"{name}, {route}, {layout.sizes}": (
@@ -339,3 +369,15 @@ def test_the_carrier_adds_up_wide_and_is_never_read():
     chex.assert_trees_all_close(dx.astype(jnp.float64), exact, atol=1e-6)
     spoilt = Input(x, jnp.full(x.shape, jnp.nan, jnp.float32))
     chex.assert_tree_all_finite(passes.moments(spoilt, (1,)))
+
+
+@pytest.mark.parametrize(("features", "size", "width"), [(12, 2, 12), (1536, 64, 512), (6, 6, 6)])
+def test_wide_blocks_are_groups(features, size, width):
+    """What stands for products of groups on TPUs; those of one block are products of one group."""
+    assert matrices._width(features, size) == width
+    a, b = draw(1, 5, features), draw(2, 5, features)
+    matrix, where = draw(3, features // size, size, size), ((1,), size)
+    wide = matrices._wide_gram(a, b, where, width), matrices._wide_times(a, matrix, where, width)
+    narrow = matrices._gram(a, b, where), matrices._times(a, matrix, where)
+    chex.assert_trees_all_close(wide, narrow, **EXACT)
+    assert matrices._width(7 * 512 + 1, 64) == 64

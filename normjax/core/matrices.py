@@ -282,6 +282,8 @@ def _mix_transpose(where, activation, _, saved, g):
     others = tuple(i for i in range(x.ndim) if i not in where[0])
     total = block_features(jnp.sum(h, others), where[1])
     dmean = -jnp.matmul(total[:, None], matrix, precision=lax.Precision.HIGHEST)[:, 0]
+    sizes = tuple(x.shape[i] for i in where[0])
+    dmean = block_features(unblock_features(dmean, sizes), where[1])  # zero for what is no feature
     return times(h, matrix, where), dmean, gram(h, c, where), total
 
 

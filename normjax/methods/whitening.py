@@ -536,9 +536,9 @@ class StochasticWhiteningBatchNorm(WhiteningFields):
 
     The input is standardized as in batch normalization, `x_s = (x - mean) / sqrt(var + epsilon)`.
     With its correlations C, W moves by `W - alpha D`, with `E = W C W^T - I` and `D = E W` (KL) or
-    `D = E W C / |E|` (Frobenius; no step where E is zero or its rounding), and is made symmetric. The output is
-    `scale * W x_s + bias` with the new W. W is a constant of the backward pass; mean and variance
-    are not. Evaluation takes the running mean and variance and W as it is.
+    `D = E W C / |E|` (Frobenius; no step where E is zero or rounding), and is made symmetric. The
+    output is `scale * W x_s + bias` with the new W. W is a constant of the backward pass; mean and
+    variance are not. Evaluation takes the running mean and variance and W as it is.
 
     The step of KL moves `W^-2` towards C by the share 2 alpha, up to alpha^2: W is the inverse root
     of a moving average of C (`form="covariance"` is that itself, and stable at every rate). After a
