@@ -450,6 +450,10 @@ TABLES: dict[str, Table] = {
             }
         ),
     ),
+    "torch-speed": Table(
+        ("speed/torch/speed.json",),
+        speeds({"time / PyTorch": "{ratio_torch:.2f}", "/ flax": FLAX}),
+    ),
     "whitening-speed": Table(
         ("speed/whitening/speed.json",),
         speeds(
