@@ -80,30 +80,21 @@ def test_a_batch_is_one_by_one(name):
     chex.assert_trees_all_close(ROOTS[name](batch), each, atol=2e-6, rtol=1e-5)
 
 
-POINTS = {
-    "generic": lambda: covariance(30.0, 5, dtype="float64"),
-    "white": lambda: 2 * jnp.eye(5),
-    "deficient": lambda: jnp.diag(jnp.array([2.0, 1.0, 1.0, 0.0, 0.0])) + 1e-2 * jnp.eye(5),
-}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("minimax", "quintic")]
 
 
-@pytest.mark.parametrize(
-    ("name", "point"),
-    [
-        *((name, point) for name in ("zca", "cholesky", "cubic") for point in POINTS),
-        *(pytest.param(name, "generic", marks=pytest.mark.slow) for name in ("minimax", "quintic")),
-    ],
-)
-def test_derivatives(name, point):
-    """Of first and second order, along symmetric directions."""
+@pytest.mark.parametrize("name", ["zca", "cholesky", "cubic", *SLOW])
+def test_derivatives(name):
+    """Of first and second order, along symmetric directions: generic, white, nearly singular."""
     with jax.enable_x64(True):
-        cov = POINTS[point]()
-        size = np.abs(ROOTS[name](cov)).max()
-        run = lambda cov: ROOTS[name]((cov + cov.T) / 2) / size
+        deficient = jnp.diag(jnp.array([2.0, 1.0, 1.0, 0.0, 0.0])) + 1e-2 * jnp.eye(5)
+        cov = jnp.stack([covariance(30.0, 5, dtype="float64"), 2 * jnp.eye(5), deficient])
+        size = jnp.abs(ROOTS[name](cov)).max((1, 2), keepdims=True)
+        run = lambda cov: ROOTS[name]((cov + cov.mT) / 2) / size
         gradient = jax.grad(lambda cov: jnp.sum(jnp.sin(run(cov))))
         for function in (run, gradient):
             adjoint, slope = derivative_gaps(function, cov)
-            assert adjoint < 1e-10 and slope < 1e-5, (adjoint, slope)
+            assert adjoint < 1e-10 and slope < 1e-4, (adjoint, slope)
 
 
 @pytest.mark.parametrize("name", ROOTS)
