@@ -151,3 +151,5 @@ def test_the_scale_by_power_iteration_is_a_bound():
         largest = np.linalg.eigvalsh(cov)[-1]
         bound = float(roots._scale(cov, "power").squeeze())
         assert largest <= bound * (1 + 1e-5) <= 1.2 * largest * (1 + 1e-5)
+    apart = jnp.diag(jnp.array([1.0, 4.0, 2.0]))  # each column but one sees one small eigenvalue
+    np.testing.assert_allclose(roots._scale(apart, "power").squeeze(), 4 * 3 ** (1 / 16), rtol=1e-6)

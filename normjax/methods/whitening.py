@@ -391,7 +391,7 @@ class DecorrelatedBatchNorm(RootFields):
 
     def root(self, cov: jax.Array, eye: jax.Array) -> jax.Array:
         """The symmetric root; what is no feature counts as one of variance one."""
-        return roots.zca(cov + roots.identity_like(eye) - eye)
+        return roots.zca(cov + roots.identity_like(eye) - eye) * _pairs(eye)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -83,12 +83,15 @@ class AgreementTest(parameterized.TestCase):
             for one in ROOTS
         ),
         dict(make=ZCA, shape=(24, 4), mask=(24, 1), features=4, constant_statistics=True),
+        dict(make=ZCA, shape=(24, 5), mask=(24, 1), features=5, group_size=3, stored="matrix")
+        | dict(last_group="smaller"),
         dict(make=STEPS, shape=(24, 4), mask=(24, 1), features=4, iteration="quintic", steps=3),
         dict(make=STEPS, shape=(24, 4), mask=(24, 1), features=4, scaling="frobenius", steps=9),
         dict(make=STEPS, shape=(24, 4), mask=(24, 1), features=4, steps=0, use_bias=False),
         dict(make=LEARNT, shape=(24, 4), mask=(24, 1), features=4, alpha=0.1),
         dict(make=LEARNT, shape=(24, 4), mask=(24, 1), features=4, alpha=0.05)
         | dict(criterion="frobenius", group_size=3, last_group="smaller", momentum=0.9),
+        dict(make=LEARNT, shape=(24, 4), mask=(24, 1), features=4, constant_statistics=True),
         dict(make=LEARNT, shape=(8, 4, 5), mask=(8, 1, 5), features=4, axis=1, half_life=2.0)
         | dict(form="covariance", shrinkage=0.1, activation=jax.nn.relu),
         dict(make=LEARNT, shape=(24, 4), mask=(24, 1), features=4, alpha=nj.Ramp(0, 0.4, 0, 4)),
@@ -356,6 +359,26 @@ class SafetyTest(parameterized.TestCase):
         run = jax.jit(lambda x, d: (train(method, x), jax.jvp(jax.grad(loss), (x,), (d,))))
         for x in inputs:
             chex.assert_tree_all_finite(run(x, mixed(12, 6, seed=5)))
+
+    @parameterized.parameters(*(one(running_average="debiased") for one in (*ROOTS, LEARNT)))
+    def test_a_batch_without_samples_leaves_the_state(self, method):
+        x = mixed(8, 4)
+        _, state = train(method, x)
+        y, moved = train(method, x * jnp.nan, state=state, mask=jnp.zeros((8, 1), bool))
+        chex.assert_tree_all_finite(y)
+        chex.assert_trees_all_equal(moved, state)
+
+    @parameterized.parameters(*ROOTS, LEARNT)
+    def test_groups_that_are_not_finite_leave_their_statistics(self, one):
+        """A number that is not finite, and one whose square is not: its mean is."""
+        method = one(group_size=2, skip_nonfinite=True)
+        x = mixed(8, 4)
+        _, state = train(method, mixed(8, 4, seed=1))
+        _, known = train(method, x, state=state)
+        halves = lambda old, new: jnp.concatenate([old[: len(old) // 2], new[len(old) // 2 :]])
+        for spoilt in (jnp.nan, 1e25):
+            _, moved = train(method, x.at[0, 1].set(spoilt), state=state)
+            close(moved, jax.tree.map(halves, state, known), 1e-6)
 
     @parameterized.parameters(True, False)
     def test_ghost_batches(self, training):
