@@ -439,7 +439,7 @@ class SafetyTest(parameterized.TestCase):
 class SamplesTest(parameterized.TestCase):
     ORACLE = (
         dict(shape=(5, 7, 3), mask=(5, 1, 1)),
-        dict(shape=(6, 7, 3), mask=(6, 1, 1), group_size=3, steps=5),
+        dict(shape=(6, 7, 3), mask=(6, 1, 1), group_size=3, steps=5, epsilon=0.5),
         dict(shape=(6, 16), mask=(6, 1), group_size=2, epsilon=0.1, activation=jax.nn.relu),
         dict(shape=(6, 7, 3), mask=(1, 7, 1), group_size=3),
         dict(shape=(4, 3, 5, 2), mask=(1, 3, 5, 2), steps=0),
