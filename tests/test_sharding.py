@@ -31,6 +31,11 @@ METHODS = {
     "GhostBatchNorm": nj.GhostBatchNorm(2),
     "ExclusiveBatchNorm": nj.ExclusiveBatchNorm(),
     "chain": nj.chain(nj.GroupNorm(2), nj.BatchNorm()),
+    "DecorrelatedBatchNorm, groups divide": nj.DecorrelatedBatchNorm(group_size=2),
+    "IterativeNorm, groups do not divide": nj.IterativeNorm(
+        group_size=5, last_group="smaller", stored="matrix"
+    ),
+    "StochasticWhiteningBatchNorm": nj.StochasticWhiteningBatchNorm(alpha=0.1, group_size=4),
 }
 RANDOM = {
     "GhostNoise": nj.GhostNoise(32),

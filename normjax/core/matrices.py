@@ -36,6 +36,7 @@ from normjax.core.passes import (
 )
 from normjax.core.sharding import align, place, place_like, spec
 from normjax.core.statistics import Covariances, divisor
+from normjax.core.structs import several
 from normjax.core.variance import average, is_weighted, keep, wide, widen
 
 Where = tuple[tuple[int, ...], int]  # the feature axes, and how many features make a group
@@ -51,13 +52,20 @@ def to_blocks(a: jax.Array, where: Where) -> jax.Array:
     positions = a.shape[: a.ndim - len(at)]
     features = math.prod(a.shape[len(positions) :])
     missing = -features % size
-    if len(at) > 1 or missing:
+    if len(at) > 1 or missing or not _lies_in_groups(a, features // size):
         a = place(a, (*spec(a)[: len(positions)], *(None,) * len(at)), like=a)
         a = a.reshape(*positions, features)
     if missing:
         a = jnp.pad(a, [(0, 0)] * len(positions) + [(0, missing)])
     a = jnp.moveaxis(groups.split(a, a.ndim - 1, (features + missing) // size), -2, 0)
     return a if _is_divided(a) else a.reshape(a.shape[0], math.prod(positions), size)
+
+
+def _lies_in_groups(a, number):
+    """Whether no group of the last axis lies on several devices of an Explicit mesh."""
+    part = spec(a)[-1]
+    names = () if part is None else several(part)
+    return number % math.prod(kind(a).sharding.mesh.shape[name] for name in names) == 0
 
 
 def _is_divided(a):
@@ -83,9 +91,14 @@ def from_blocks(blocks: jax.Array, where: Where, like: jax.Array) -> jax.Array:
 
 
 def block_features(a: jax.Array, size: int) -> jax.Array:
-    """An array of the features, [...], as [groups, size], filled up with zeros."""
-    a = a.reshape(-1)
+    """An array of the features, [...], as [groups, size], filled up with zeros, on every device."""
+    a = everywhere(a).reshape(-1)
     return jnp.pad(a, (0, -a.size % size)).reshape(-1, size)
+
+
+def everywhere(a: jax.Array) -> jax.Array:
+    """`a` whole on every device of an Explicit mesh."""
+    return place(a, (None,) * a.ndim, like=a)
 
 
 def unblock_features(a: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
@@ -125,14 +138,16 @@ def _gram(a, b, where):
     if any(part is not None for part in (*spec(a), *spec(b))):
         parts = PartitionSpec(spec(a)[0], None, None)
         how["out_sharding"] = NamedSharding(kind(a).sharding.mesh, parts)
-    return lax.dot_general(
+    found = lax.dot_general(
         a, b, ((over, over), ((0,), (0,))), precision=lax.Precision.HIGHEST, **how
     )
+    return everywhere(found)
 
 
 def _times(a, matrix, where):
     blocks = to_blocks(a, where)
     last = blocks.ndim - 1
+    matrix = place(matrix, (spec(blocks)[0], None, None), like=blocks)
     blocks = lax.dot_general(
         blocks, matrix, (((last,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST
     )

@@ -19,7 +19,7 @@ from normjax.core import checks, groups, matrices, passes, roots, running, stati
 from normjax.core.checks import field
 from normjax.core.fields import COUNT, DTYPE, ActivationFields, Schedule
 from normjax.core.method import Linear, Normalizer, Traits, feature_positions
-from normjax.core.sharding import place, spec
+from normjax.core.sharding import place_like
 from normjax.core.statistics import Covariances, Parted
 from normjax.core.structs import AffineParams, Features, Key, Mask, affine_params
 from normjax.core.tracing import traced_once
@@ -227,8 +227,8 @@ def _absorb(method, state, seen, update):
     of_features = _features(jnp.repeat(valid, size), state.mean)
     for name, (value, share) in new.items():
         old = getattr(state, name)
-        value = place(value.astype(old.dtype), spec(old), like=old)
         where = of_features if old.shape == state.mean.shape else valid[:, None, None]
+        value, where = (place_like(a, old) for a in (value.astype(old.dtype), where))
         leaves[name] = running.blend(share, old, value, where)
     if state.count is not None:
         leaves["count"] = state.count + jnp.any(valid).astype(state.count.dtype)
@@ -316,13 +316,18 @@ def evaluation(
     method: Any, params: AffineParams, state: Whitening, x: Any = None, mask: Mask = None
 ) -> Linear:
     """Whitens by the running statistics; `x` and `mask` change nothing."""
-    if x is not None:
-        state = jax.tree.map(lambda a: passes.as_wide(x, a)[0], state)
+    state = _whole(state, x)
     matrix = state.matrix
     if matrix is None:
         matrix = _matrix(method, state, state.cov)
     mean = matrices.block_features(state.mean, matrix.shape[-1])
     return Linear(mean, _scaled(params, matrix), params.bias)
+
+
+def _whole(state, x):
+    """The state on every device, in the dtype of statistics for `x`."""
+    wide = lambda a: a if x is None else passes.as_wide(x, a)[0]
+    return jax.tree.map(lambda a: matrices.everywhere(wide(a)), state)
 
 
 def absorb(method: Any, state: Whitening, seen: Covariances | Parted) -> Whitening:
@@ -631,7 +636,7 @@ class StochasticWhiteningBatchNorm(WhiteningFields):
         """The leaf of the state that says how to whiten, moved by a batch; and W."""
         old = state.cov if state.matrix is None else state.matrix
         seen = lax.stop_gradient(seen)
-        cov, old = (a.astype(seen.cov.dtype) for a in (seen.cov, old))
+        cov, old = (matrices.everywhere(a.astype(seen.cov.dtype)) for a in (seen.cov, old))
         eye = identities(state.mean.size, cov.shape[-1], cov.dtype)
         old *= _pairs(eye)
         inverse = lax.rsqrt(jnp.diagonal(cov, axis1=1, axis2=2) + self.epsilon)
@@ -677,9 +682,7 @@ class StochasticWhiteningBatchNorm(WhiteningFields):
         self, params: AffineParams, state: Whitening, x: Any = None, mask: Mask = None
     ) -> Linear:
         """Whitens by the running statistics; `x` and `mask` change nothing."""
-        if x is not None:
-            state = jax.tree.map(lambda a: passes.as_wide(x, a)[0], state)
-        of: Any = state
+        of: Any = _whole(state, x)
         kept = of.cov if of.matrix is None else of.matrix
         matrix = self._whitener(kept, of.mean.size)
         mean, var = (matrices.block_features(a, kept.shape[-1]) for a in (of.mean, of.var))

@@ -197,6 +197,12 @@ class LimitsTest(parameterized.TestCase):
             close(jnp.repeat(y, times, axis=0), z, 1e-10)
             close(state, known, 1e-6)
 
+    def test_small_weights_weigh_as_large_ones(self):
+        x, weights = mixed(12, 4), jnp.arange(1.0, 13)[:, None]
+        y, state = train(STEPS(), x, weights=weights)
+        z, known = train(STEPS(), x, weights=1e-3 * weights)
+        chex.assert_trees_all_close((y, state), (z, known), atol=1e-5)
+
     @parameterized.parameters(ZCA, CHOLESKY, STEPS)
     def test_residual(self, one):
         steps = {"steps": 1} if one is STEPS else {}
