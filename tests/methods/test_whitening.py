@@ -150,8 +150,9 @@ class LimitsTest(parameterized.TestCase):
         close(train(method, x[:, order])[0], train(method, x)[0][:, order], 2e-5)
 
     def test_the_symmetric_root_turns_with_the_input(self):
-        x, (q, _) = mixed(32, 6), np.linalg.qr(draw(7, 6, 6))
-        close(train(ZCA(), x @ q)[0], train(ZCA(), x)[0] @ q, 5e-5)
+        with jax.enable_x64(True):
+            x, (q, _) = mixed(32, 6, dtype="float64"), np.linalg.qr(draw(7, 6, 6, dtype="float64"))
+            close(train(ZCA(), x @ q)[0], train(ZCA(), x)[0] @ q, 1e-10)
 
     def test_white_input_keeps_a_deviation_of_0_766_after_five_steps(self):
         x = with_correlation(np.eye(64))
