@@ -1324,13 +1324,13 @@ OF_WHITENING = {
         ROOTS,
         "moved = -_lyapunov(product(cov, matrix), back, roots, vectors)",
         "moved = _lyapunov(product(cov, matrix), back, roots, vectors)",
-        some("test_roots.py", "derivatives and zca-generic"),
+        some("test_roots.py", "test_derivatives and zca"),
     ),
     "the Lyapunov solution's own derivative left out": Mutant(
         ROOTS,
         "return _lyapunov(a, dc - product(da, x) - product(x, da), *basis)",
         "return _lyapunov(a, dc, *basis)",
-        some("test_roots.py", "derivatives and zca-generic"),
+        some("test_roots.py", "test_derivatives and zca"),
     ),
     "the iteration uncoupled": Mutant(
         ROOTS,

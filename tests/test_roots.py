@@ -80,30 +80,21 @@ def test_a_batch_is_one_by_one(name):
     chex.assert_trees_all_close(ROOTS[name](batch), each, atol=2e-6, rtol=1e-5)
 
 
-POINTS = {
-    "generic": lambda: covariance(30.0, 5, dtype="float64"),
-    "white": lambda: 2 * jnp.eye(5),
-    "deficient": lambda: jnp.diag(jnp.array([2.0, 1.0, 1.0, 0.0, 0.0])) + 1e-2 * jnp.eye(5),
-}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("minimax", "quintic")]
 
 
-@pytest.mark.parametrize(
-    ("name", "point"),
-    [
-        *((name, point) for name in ("zca", "cholesky", "cubic") for point in POINTS),
-        *(pytest.param(name, "generic", marks=pytest.mark.slow) for name in ("minimax", "quintic")),
-    ],
-)
-def test_derivatives(name, point):
-    """Of first and second order, along symmetric directions."""
+@pytest.mark.parametrize("name", ["zca", "cholesky", "cubic", *SLOW])
+def test_derivatives(name):
+    """Of first and second order, along symmetric directions: generic, white, nearly singular."""
     with jax.enable_x64(True):
-        cov = POINTS[point]()
-        size = np.abs(ROOTS[name](cov)).max()
-        run = lambda cov: ROOTS[name]((cov + cov.T) / 2) / size
+        deficient = jnp.diag(jnp.array([2.0, 1.0, 1.0, 0.0, 0.0])) + 1e-2 * jnp.eye(5)
+        cov = jnp.stack([covariance(30.0, 5, dtype="float64"), 2 * jnp.eye(5), deficient])
+        size = jnp.abs(ROOTS[name](cov)).max((1, 2), keepdims=True)
+        run = lambda cov: ROOTS[name]((cov + cov.mT) / 2) / size
         gradient = jax.grad(lambda cov: jnp.sum(jnp.sin(run(cov))))
         for function in (run, gradient):
             adjoint, slope = derivative_gaps(function, cov)
-            assert adjoint < 1e-10 and slope < 1e-5, (adjoint, slope)
+            assert adjoint < 1e-10 and slope < 1e-4, (adjoint, slope)
 
 
 @pytest.mark.parametrize("name", ROOTS)
@@ -145,6 +136,16 @@ def test_minimax_steps(condition):
     for a, b, c in steps[3:]:
         composed = composed * (a + b * composed**2 + c * composed**4)
     assert np.abs(composed - 1).max() < {1e2: 1e-12, 1e4: 2e-6, 1e6: 0.12}[condition]
+
+
+def test_the_nearest_quintic_is_that_of_polar_express():
+    """Its first step: the best above 0.0240733, scaled so that its values from 1e-3 mean one."""
+    a, b, c = roots._nearest(0.02407327424182761, 1.0)
+    ends = sum(x * (a + b * x**2 + c * x**4) for x in (1e-3, 1.0))
+    public = [8.28721201814563, -23.595886519098837, 17.300387312530933]
+    np.testing.assert_allclose(2 / ends * np.array([a, b, c]), public, rtol=1e-9)
+    near = [8.0934, -23.6204, 17.4462]  # without such a cushion, of condition number 1e4
+    np.testing.assert_allclose(roots.minimax(1e4, 1)[0], near, atol=1e-4)
 
 
 def test_the_scale_by_power_iteration_is_a_bound():

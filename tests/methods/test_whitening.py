@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import vector_files
 from absl.testing import parameterized
 from agreement import close, draw, ragged
@@ -93,10 +94,16 @@ class AgreementTest(parameterized.TestCase):
         dict(make=LEARNT, shape=(24, 4), mask=(24, 1), features=4, alpha=nj.Ramp(0, 0.4, 0, 4)),
     )
 
-    @parameterized.parameters(*zip(ORACLE, cycle(agreement.KINDS)))
+    @parameterized.parameters(*zip(ORACLE, cycle(agreement.KINDS[::-1])))
     def test_oracle(self, case, kind):
         case = dict(case)
-        agreement.check_case(case.pop("make"), case, (("float64"), kind[1]))
+        agreement.check_case(case.pop("make"), case, kind)
+
+    @parameterized.parameters(*zip(ORACLE, cycle(agreement.KINDS)))
+    @pytest.mark.slow
+    def test_oracle_of_the_other_kind(self, case, kind):
+        case = dict(case)
+        agreement.check_case(case.pop("make"), case, kind)
 
     @parameterized.parameters(*(dict(case) for case in ORACLE[::3]))
     def test_evaluation_is_the_oracle(self, make, **case):
@@ -104,21 +111,21 @@ class AgreementTest(parameterized.TestCase):
 
 
 class LimitsTest(parameterized.TestCase):
-    @parameterized.parameters(*range(10))
-    def test_groups_of_one_feature_are_batch_norm(self, steps):
+    def test_groups_of_one_feature_are_batch_norm(self):
+        """For every number of steps: a variance over itself, one, is where they stay."""
+        methods = [STEPS(group_size=1, steps=n) for n in range(10)]
+        methods += [ZCA(group_size=1), CHOLESKY(group_size=1), nj.BatchNorm()]
         x, g = mixed(32, 4), draw(1, 32, 4)
-        methods = [STEPS(group_size=1, steps=steps)]
-        methods += [ZCA(group_size=1), CHOLESKY(group_size=1)] if steps == 0 else []
-        plain = nj.BatchNorm()
 
-        def pulled(method):
-            y, back = jax.vjp(lambda x: train(method, x)[0], x)
-            return y, back(g)
+        @jax.jit
+        def run(x):
+            pulled = (jax.vjp(lambda x, m=m: train(m, x), x, has_aux=True) for m in methods)
+            every = ((y, back(g), state) for y, back, state in pulled)
+            return [jax.tree.leaves(jax.tree.map(jnp.ravel, one)) for one in every]
 
-        for method in methods:
-            chex.assert_trees_all_close(pulled(method), pulled(plain), atol=2e-5, rtol=2e-5)
-            (_, state), (_, known) = train(method, x), train(plain, x)
-            close(state.cov.ravel(), known.var, 1e-6)
+        *found, plain = run(x)
+        for one in found:
+            close(one, plain, 2e-5)
 
     @parameterized.parameters("update", "covariance")
     def test_stochastic_whitening_at_rate_zero_is_batch_norm(self, form):
@@ -130,13 +137,14 @@ class LimitsTest(parameterized.TestCase):
         state, moved = train(method, x)[1], train(plain, x)[1]
         close((state.mean, state.var), (moved.mean, moved.var), 1e-6)
 
-    @parameterized.parameters(*range(8))
+    @parameterized.parameters(0, 1, 4, 7)
     def test_coupled_and_published_forms_agree(self, steps):
-        with jax.enable_x64(True):
-            x = mixed(64, 8, dtype="float64")
-            by = ("cubic", "published")
-            y, z = (train(STEPS(steps=steps, iteration=one), x)[0] for one in by)
-            close(y, z, 1e-5)
+        """In float64 to 1e-9; in float32 rounding of the published one is at 6e-4 after seven."""
+        x, forms = mixed(64, 8), ("cubic", "published")
+        for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-3 if steps == 7 else 1e-5)):
+            with jax.enable_x64(dtype == "float64"):
+                by = [STEPS(steps=steps, iteration=one) for one in forms]
+                close(*(train(method, jnp.asarray(x, dtype))[0] for method in by), tolerance)
 
     @parameterized.parameters(
         ZCA(), CHOLESKY(), STEPS(steps=30), STEPS(steps=9, minimax_steps=4, scaling="power")
@@ -172,13 +180,14 @@ class LimitsTest(parameterized.TestCase):
     @parameterized.parameters(
         ZCA(group_size=2),
         STEPS(group_size=3, last_group="smaller"),
-        CHOLESKY(group_size=2, shared_matrix=True),
+        CHOLESKY(group_size=2, shared_matrix=True, axis=0),
         LEARNT(alpha=0.1, group_size=2),
     )
     def test_evaluation_is_a_linear_map(self, method):
         x = mixed(32, 4)
+        turned = x.T if method.axis == 0 else x
         params = jax.tree.map(lambda a: a + 0.1 * jnp.arange(4.0), method.init(KEY, 4)[0])
-        _, state = train(method, x)
+        _, state = train(method, turned, 4)
         found, size = method.evaluation(params, state), method.group_size
         groups = [np.s_[i : i + size] for i in range(0, 4, size)]
         y = np.empty_like(x)
@@ -187,12 +196,17 @@ class LimitsTest(parameterized.TestCase):
             one = lambda a, i=i: np.asarray(a[min(i, len(a) - 1)])
             matrix, mean = one(found.matrix)[:width, :width], one(found.mean)[:width]
             y[:, at] = (np.asarray(x)[:, at] - mean) @ matrix.T + np.asarray(params.bias)[at]
-        close(method.apply(params, state, x, train=False)[0], y, 1e-5)
+        z, _ = method.apply(params, state, turned, train=False)
+        close(z.T if method.axis == 0 else z, y, 1e-5)
 
-    def test_weights_count_like_repeated_rows(self):
+    @parameterized.parameters(
+        ZCA(unbiased_running_var=True),
+        STEPS(group_size=2, shared_matrix=True, stored="matrix"),
+        LEARNT(alpha=0.1, unbiased_running_var=True),
+    )
+    def test_weights_count_like_repeated_rows(self, method):
         with jax.enable_x64(True):
             x, times = mixed(12, 4, dtype="float64"), np.array([1, 2, 0] * 4)
-            method = ZCA(unbiased_running_var=True)
             y, state = train(method, x, weights=jnp.asarray(times, float)[:, None])
             z, known = train(method, jnp.repeat(x, times, axis=0))
             close(jnp.repeat(y, times, axis=0), z, 1e-10)
@@ -334,31 +348,38 @@ class SafetyTest(parameterized.TestCase):
         LEARNT(alpha=0.1),
     )
 
-    @parameterized.product(method=METHODS, kind=("constant", "white", "few"))
-    def test_derivatives_are_finite(self, method, kind):
-        x = {
-            "constant": jnp.full((8, 6), 3.0),
-            "white": with_correlation(np.eye(6)).astype("float32"),
-            "few": mixed(3, 6),
-        }[kind]
+    @parameterized.parameters(*METHODS)
+    def test_derivatives_are_finite(self, method):
+        """Of order one and two; for a constant, white input and fewer samples than features."""
+        few = jnp.tile(mixed(3, 6), (4, 1))
+        inputs = jnp.full((12, 6), 3.0), with_correlation(np.eye(6)).astype("float32"), few
         loss = lambda x: jnp.sum(jnp.sin(train(method, x)[0]))
         run = jax.jit(lambda x, d: (train(method, x), jax.jvp(jax.grad(loss), (x,), (d,))))
-        chex.assert_tree_all_finite(run(x, mixed(*x.shape, seed=5)))
+        for x in inputs:
+            chex.assert_tree_all_finite(run(x, mixed(12, 6, seed=5)))
 
-    @parameterized.parameters(
-        nj.Ghost(STEPS(group_size=2), groups=2),
-        nj.chain(ZCA(use_scale=False, use_bias=False), nj.Affine()),
-        nj.chain(STEPS(group_size=2), nj.LayerNorm()),
-    )
-    def test_wrappers(self, method):
-        x = mixed(32, 4)
+    @parameterized.parameters(True, False)
+    def test_ghost_batches(self, training):
+        x, inner = mixed(32, 4), STEPS(group_size=2)
+        method = nj.Ghost(inner, groups=2)
         params, state = method.init(KEY, 4)
-        y, state = method.apply(params, state, x, train=True)
-        z, _ = method.apply(params, state, x, train=False)
-        chex.assert_tree_all_finite((y, z, state))
-        if isinstance(method, nj.Ghost):
-            halves = [train(method.method, half)[0] for half in (x[:16], x[16:])]
-            close(y, jnp.concatenate(halves), 1e-6)
+        y, moved = method.apply(params, state, x, train=training)
+        if training:
+            parts, states = zip(*(train(inner, half) for half in (x[:16], x[16:])), strict=True)
+            close(y, jnp.concatenate(parts), 1e-6)
+            close(moved.cov, (states[0].cov + states[1].cov) / 2, 1e-6)
+        else:
+            close(y, inner.apply(params, state, x, train=False)[0], 1e-6)
+
+    @parameterized.product(second=(nj.Affine(), nj.LayerNorm()), training=(True, False))
+    def test_chain_is_one_after_the_other(self, second, training):
+        x, first = mixed(32, 4), ZCA(group_size=2, use_scale=False, use_bias=False)
+        method = nj.chain(first, second)
+        params, state = method.init(KEY, 4)
+        y, _ = method.apply(params, state, x, train=training)
+        z, _ = first.apply(*first.init(KEY, 4), x, train=training)
+        z, _ = second.apply(*second.init(KEY, 4), z, train=training)
+        close(y, z, 1e-5)
 
     def test_conditioned_is_the_norm_and_then_the_classes(self):
         x, labels = mixed(32, 4), jnp.arange(32) % 3
@@ -375,7 +396,10 @@ class SafetyTest(parameterized.TestCase):
         params, state = method.init(KEY, 4)
         _, moved = method.apply(params, state, x, train=True, branch=1)
         np.testing.assert_array_equal(moved.cov[0], state.cov[0])
-        close(moved.cov[1], train(ZCA(), x)[1].cov, 1e-6)
+        _, known = train(ZCA(), x)
+        close(moved.cov[1], known.cov, 1e-6)
+        y, _ = method.apply(params, moved, x, train=False, branch=1)
+        close(y, ZCA().apply(params, known, x, train=False)[0], 1e-6)
 
     def test_pooled_covariances_are_those_of_the_whole(self):
         x, method = mixed(32, 4), ZCA(group_size=2)
@@ -388,18 +412,22 @@ class SafetyTest(parameterized.TestCase):
         (lambda: ZCA(shared_matrix=True, last_group="smaller"), "groups of one size"),
         (lambda: ZCA(shuffle=True, stored="matrix"), "shuffle=True"),
         (lambda: ZCA(shuffle=True, shared_matrix=True), "shuffle=True"),
+        (lambda: ZCA(shuffle=True, last_group="smaller"), "shuffle=True"),
         (lambda: ZCA(stored="matrix", unbiased_running_var=True), "keeps no covariance"),
         (lambda: ZCA(shrinkage=1.5), "shrinkage=1.5"),
         (lambda: ZCA(running_average="pooled"), "pool"),
         (lambda: STEPS(steps=-1), "steps=-1"),
         (lambda: STEPS(steps=2.5), "steps=2.5"),
         (lambda: STEPS(iteration="published", steps=8), "beyond 7"),
-        (lambda: STEPS(iteration="published", scaling="power"), "scaling='trace'"),
+        (lambda: STEPS(iteration="published", scaling="frobenius"), "scaling='trace'"),
+        (lambda: STEPS(iteration="published", minimax_steps=2), "no minimax_steps"),
         (lambda: STEPS(minimax_steps=6), "more than steps=5"),
         (lambda: STEPS(condition=0.5), "condition=0.5"),
         (lambda: LEARNT(alpha=-0.1), "alpha=-0.1"),
         (lambda: LEARNT(alpha=1.0), "does not converge"),
         (lambda: LEARNT(alpha=1.01 * nj.largest_rate(50), condition=50), "does not converge"),
+        (lambda: LEARNT(alpha=nj.largest_rate(50), condition=50), "does not converge"),
+        (lambda: LEARNT(condition=0.5), "condition=0.5"),
         (lambda: LEARNT(alpha=0.1, half_life=3.0), "give one of them"),
         (lambda: LEARNT(half_life=0), "half_life=0"),
         (lambda: LEARNT(form="covariance", criterion="frobenius"), "criterion='kl'"),
@@ -434,7 +462,7 @@ class SafetyTest(parameterized.TestCase):
         (ZCA(group_size=2), ZCA(), "`cov`"),
         (ZCA(stored="matrix"), ZCA(), "`cov`"),
         (LEARNT(form="covariance"), LEARNT(), "`cov`"),
-        (nj.BatchNorm(), nj.BatchNorm(axis=0), "features"),
+        (ZCA(), ZCA(axis=0), "features"),
         (ZCA(running_average="debiased"), ZCA(), "`count`"),
     )
     def test_a_state_of_another_configuration(self, made, used, words):
