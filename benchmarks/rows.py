@@ -23,7 +23,7 @@ from normjax.core import passes
 from normjax.core.cpu import sums_of
 from normjax.core.variance import average, wide, widen
 
-SHAPES = ((4096, 768), (64, 197, 768))  # rows: a multiple of all parts and blocks below
+SHAPES = ((4096, 768), (64, 197, 768))  # multiples of all parts and blocks below
 DTYPES = ("float32", "bfloat16")
 NORM = nj.LayerNorm()
 SHARE = 8  # statistics in one read are about the mean of one feature in so many
@@ -280,6 +280,7 @@ OF_SUMS = {
     "products with ones": products,
     "one reduction, undivided": in_parts(-1),
     "one reduction, 16 parts first": in_parts(16, -1),
+    "one reduction, 32 parts first": in_parts(32, -1),
 }
 WAYS: dict[str, dict[str, Callable[[Arrays], Any]]] = {
     "mean, then variance": {"one read about a share": about_share},
