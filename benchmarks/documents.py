@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import adversarial, conditional, guarantees, report, spectral
+from benchmarks import adversarial, conditional, guarantees, report, rows, spectral
 from benchmarks.compilers import show, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -467,6 +467,8 @@ TABLES: dict[str, Table] = {
         ),
     ),
     "segments": Table(("segments/segments.json",), segment_rows),
+    "rows": Table(("rows/rows.json",), rows.cells),
+    "rows-tried": Table(("rows/rows.json",), rows.tried, source=False),
     "spectral": Table(("spectral/spectral.json",), spectral_rows),
     "ghost-noise": Table(GHOST_FILES, ghost_noise_rows),
     "kalman": Table(("kalman/two.json",), kalman_rows),

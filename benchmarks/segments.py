@@ -7,7 +7,6 @@ Bytes are those that XLA counts, in units of the input; of loops it counts one t
 
 import argparse
 import functools
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,10 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", type=int, default=1, help="divisor of the batch, for a trial")
     parser.add_argument("--output", type=Path, default=Path("runs/segments"))
     options = parser.parse_args(argv)
-    heap = speed.ALLOCATOR
-    if sys.platform == "linux" and not heap.items() <= os.environ.items() and argv is None:
-        arguments = [sys.executable, "-m", "benchmarks.segments", *sys.argv[1:]]
-        os.execve(sys.executable, arguments, {**os.environ, **heap})
+    if argv is None:
+        speed.keep_memory("segments")
     rows = []
     for method in METHODS:
         for samples, *shape in SHAPES:

@@ -63,15 +63,21 @@ LOWER_BOUND = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark, prints the table and writes `speed.json` and `speed.png`."""
     options = _options(argv)
-    if sys.platform == "linux" and not ALLOCATOR.items() <= os.environ.items() and argv is None:
-        arguments = [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]]
-        os.execve(sys.executable, arguments, {**os.environ, **ALLOCATOR})
+    if argv is None:
+        keep_memory("speed")
     results = run(options)
     machine.write(results, options.output / "speed.json")
     show(results)
     plot(results, options.output / "speed.png")
     print(f"Written to {options.output}/speed.json and speed.png")
     return 0
+
+
+def keep_memory(benchmark: str) -> None:
+    """Starts the command line of a benchmark anew with `ALLOCATOR`, on Linux, if it lacks it."""
+    if sys.platform == "linux" and not ALLOCATOR.items() <= os.environ.items():
+        arguments = [sys.executable, "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]
+        os.execve(sys.executable, arguments, {**os.environ, **ALLOCATOR})
 
 
 def _options(argv):

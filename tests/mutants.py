@@ -1356,6 +1356,48 @@ OF_WHITENING = {
         "level = jnp.trace(cov, axis1=1, axis2=2)",
         some("methods/test_whitening.py", "test_oracle"),
     ),
+    "variances of masked samples": Mutant(
+        WHITENING,
+        "eye *= jnp.squeeze(present",
+        "eye += 0 * jnp.squeeze(present",
+        some("methods/test_whitening.py", "SamplesTest and oracle"),
+    ),
+    "masked rows in the covariance": Mutant(
+        MATRICES,
+        "return keep(root, widen(x) - _lifted(mean, where, x))",
+        "return (1 if root is None else jnp.sqrt(root)) * (widen(x) - _lifted(mean, where, x))",
+        some("methods/test_whitening.py", "AgreementTest and test_oracle"),
+    ),
+    "recorded covariance biased": Mutant(
+        WHITENING,
+        "return a * (jnp.maximum(count, 1) / jnp.maximum(count - 1, 1))",
+        "return a * (jnp.maximum(count, 1) / jnp.maximum(count, 1))",
+        some("methods/test_whitening.py", "AgreementTest and test_oracle"),
+    ),
+    "half-lives doubled": Mutant(
+        WHITENING,
+        "return math.log(2) / (2 * self.half_life)",
+        "return math.log(2) / (4 * self.half_life)",
+        some("methods/test_whitening.py", "test_half_life"),
+    ),
+    "a bound of the rate that is too large": Mutant(
+        WHITENING,
+        "return 4 / (2 + root + 1 / root)",
+        "return 4 / (root + 1 / root)",
+        some("methods/test_whitening.py", "bound_of_the_rate or test_fields"),
+    ),
+    "step of Frobenius not divided by its norm": Mutant(
+        WHITENING,
+        "step = roots.product(step, corr) * share",
+        "step = roots.product(step, corr)",
+        some("methods/test_whitening.py", "test_vectors"),
+    ),
+    "minimax steps of a wrong range": Mutant(
+        ROOTS,
+        "low, high, found = condition**-0.5, 1.0, []",
+        "low, high, found = 1 / condition, 1.0, []",
+        some("test_roots.py", "test_minimax_steps"),
+    ),
     "what the last group lacks not left out": Mutant(
         WHITENING,
         "cov = cov * present[:, :, None] * present[:, None, :]",

@@ -227,7 +227,7 @@ def _absorb(method, state, seen, update):
     of_features = _features(jnp.repeat(valid, size), state.mean)
     for name, (value, share) in new.items():
         old = getattr(state, name)
-        where = of_features if old.shape == state.mean.shape else valid[:, None, None]
+        where = of_features if name in ("mean", "var") else valid[:, None, None]
         value, where = (place_like(a, old) for a in (value.astype(old.dtype), where))
         leaves[name] = running.blend(share, old, value, where)
     if state.count is not None:
@@ -360,7 +360,7 @@ class DecorrelatedBatchNorm(RootFields):
         fewer samples and positions than features in a group only epsilon holds the root up.
       last_group: "equal": `group_size` divides the features. "smaller": the last group has what is
         left, and in the state and in `observe` zeros for what it lacks.
-      shrinkage: s in [0, 1): S becomes `(1 - s) S + s trace(S) / d I` in groups of d features,
+      shrinkage: s in [0, 1]: S becomes `(1 - s) S + s trace(S) / d I` in groups of d features,
         which bounds the condition number at any scale of the input.
       stored: "covariance": the running average of the covariance, whose root evaluation takes.
         "matrix": that of W, as the authors do; its evaluation is not that of the average
@@ -564,7 +564,7 @@ class StochasticWhiteningBatchNorm(WhiteningFields):
         above `largest_rate(condition)` is a ValueError (for "kl" and "update"). Shrinkage s bounds
         it by d / s in groups of d features.
       group_size: features in a group; None, the paper's: all of them.
-      shrinkage: s in [0, 1): C becomes `(1 - s) C + s trace(C) / d I`.
+      shrinkage: s in [0, 1]: C becomes `(1 - s) C + s trace(C) / d I`.
       last_group: as in `DecorrelatedBatchNorm`.
       axis, momentum, epsilon, use_scale, use_bias, scale_init, bias_init, dtype, param_dtype,
         axis_name, axis_index_groups, activation, running_average, unbiased_running_var,

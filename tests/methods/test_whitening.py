@@ -161,8 +161,9 @@ class LimitsTest(parameterized.TestCase):
         close(train(method, x[:, order])[0], train(method, x)[0][:, order], 2e-5)
 
     def test_the_symmetric_root_turns_with_the_input(self):
-        x, (q, _) = mixed(32, 6), np.linalg.qr(draw(7, 6, 6))
-        close(train(ZCA(), x @ q)[0], train(ZCA(), x)[0] @ q, 5e-5)
+        with jax.enable_x64(True):
+            x, (q, _) = mixed(32, 6, dtype="float64"), np.linalg.qr(draw(7, 6, 6, dtype="float64"))
+            close(train(ZCA(), x @ q)[0], train(ZCA(), x)[0] @ q, 1e-10)
 
     def test_white_input_keeps_a_deviation_of_0_766_after_five_steps(self):
         x = with_correlation(np.eye(64))
@@ -494,33 +495,48 @@ class SafetyTest(parameterized.TestCase):
 
 
 class SamplesTest(parameterized.TestCase):
-    def whitened(self, x, epsilon=1e-5):
-        """Rows of float64 [samples, values], whitened by the symmetric root."""
-        c = x - x.mean(1, keepdims=True)
-        values, vectors = np.linalg.eigh(c @ c.T / c.shape[1] + epsilon * np.eye(len(c)))
-        return (vectors / np.sqrt(values)) @ vectors.T @ c
+    ORACLE = (
+        dict(shape=(5, 7, 3), mask=(5, 1, 1)),
+        dict(shape=(6, 7, 3), mask=(6, 1, 1), group_size=3, steps=5, epsilon=0.5),
+        dict(shape=(6, 16), mask=(6, 1), group_size=2, epsilon=0.1, activation=jax.nn.relu),
+        dict(shape=(6, 7, 3), mask=(1, 7, 1), group_size=3),
+        dict(shape=(4, 3, 5, 2), mask=(1, 3, 5, 2), steps=0),
+    )
 
-    @parameterized.parameters(None, 3)
-    def test_groups_of_samples(self, size):
-        x = np.asarray(draw(0, 6, 7, 8), "float64")
-        y, _ = train(nj.SampleWhitening(group_size=size), jnp.asarray(x, "float32"))
-        groups = [x] if size is None else [x[:3], x[3:]]
-        wanted = [self.whitened(part.reshape(len(part), -1)) for part in groups]
-        close(y.reshape(6, -1), np.concatenate(wanted), 2e-5)
+    @parameterized.product(case=ORACLE, kind=agreement.KINDS)
+    def test_oracle(self, case, kind):
+        agreement.check_case(nj.SampleWhitening, dict(case, features=case["shape"][-1]), kind)
 
-    def test_masks_of_samples_and_of_positions(self):
-        x, method = np.asarray(draw(0, 6, 7, 8), "float64"), nj.SampleWhitening()
-        keep, seen = ragged(1, 6), ragged(2, 7)
-        spoilt = jnp.asarray(np.where(keep[:, None, None], x, np.nan), "float32")
-        y, _ = train(method, spoilt, mask=keep[:, None, None])
-        close(y[keep].reshape(keep.sum(), -1), self.whitened(x[keep].reshape(keep.sum(), -1)), 2e-5)
-        spoilt = jnp.asarray(np.where(seen[:, None], x, np.nan), "float32")
-        y, _ = train(method, spoilt, mask=seen[:, None])
-        close(y[:, seen].reshape(6, -1), self.whitened(x[:, seen].reshape(6, -1)), 2e-5)
+    def test_masked_samples_are_as_if_dropped(self):
+        x, keep = jnp.asarray(draw(0, 6, 7, 3)), ragged(1, 6)
+        spoilt = jnp.where(keep[:, None, None], x, jnp.nan)
+        for method in (nj.SampleWhitening(), nj.SampleWhitening(steps=5)):
+            y, _ = train(method, spoilt, mask=keep[:, None, None])
+            close(y[keep], train(method, x[keep])[0], 2e-5)
+            close(y[~keep], jnp.zeros((2, 7, 3)), 1e-6)
 
-    def test_steps(self):
+    def test_samples_become_uncorrelated_and_evaluation_is_training(self):
+        x, method = mixed(40, 8).T, nj.SampleWhitening(group_size=4)
+        y, _ = train(method, x)
+        for group in (y[:4], y[4:]):
+            close(covariance(group.T), np.eye(4), 1e-3)
+        np.testing.assert_array_equal(y, method.apply((), (), x, train=False)[0])
+
+    def test_steps_come_to_the_root(self):
         x = jnp.asarray(draw(0, 4, 64))
         close(*(train(nj.SampleWhitening(steps=n), x)[0] for n in (None, 20)), 2e-5)
+
+    def test_derivatives_of_equal_samples_are_finite(self):
+        x, along = jnp.tile(draw(0, 1, 9), (4, 1)), draw(1, 4, 9)
+        for method in (nj.SampleWhitening(), nj.SampleWhitening(steps=5)):
+            gradient = jax.grad(lambda x, m=method: jnp.sum(jnp.sin(train(m, x)[0])))
+            chex.assert_tree_all_finite((train(method, x), jax.jvp(gradient, (x,), (along,))))
+
+    @parameterized.parameters(None, 4)
+    def test_empty_batch(self, size):
+        y, _ = train(nj.SampleWhitening(group_size=size), jnp.ones((0, 3, 2), "bfloat16"))
+        chex.assert_shape(y, (0, 3, 2))
+        chex.assert_type(y, "bfloat16")
 
     @parameterized.parameters(
         ((6, 8), {}, "does not divide a batch of 6"),

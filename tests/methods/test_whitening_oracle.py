@@ -200,6 +200,29 @@ class WhiteningTest(parameterized.TestCase):
         close(new.cov[1, :, 2], 0)
 
 
+class SamplesTest(parameterized.TestCase):
+    @parameterized.parameters(None, 3)
+    def test_gradients(self, steps):
+        """Of two groups of three samples, the second without its last one."""
+        method = nj.SampleWhitening(group_size=3, steps=steps)
+        x, g, along = (draw(i, 6, 4, 2) for i in (0, 1, 2))
+        keep = np.arange(6)[:, None, None] < 5
+        dx, _, _ = oracles.gradients(method, (), (), x, g, mask=keep)
+        ahead, behind = (
+            oracles.apply(method, (), (), x + h * along, train=True, mask=keep)[0]
+            for h in (1e-5, -1e-5)
+        )
+        close((dx * along).sum(), ((ahead - behind) * g).sum() / 2e-5, atol=1e-7)
+        assert not dx[5].any()
+
+    def test_samples_are_white_in_their_groups(self):
+        method = nj.SampleWhitening(group_size=3, epsilon=0.0)
+        y, _ = oracles.apply(method, (), (), draw(0, 6, 4, 2), train=True)
+        for group in (y[:3], y[3:]):
+            close(covariance(group.reshape(3, -1).T), np.eye(3))
+            close(group.mean((1, 2)), 0)
+
+
 class MasksTest(parameterized.TestCase):
     @parameterized.parameters(*BY_MATRIX, LEARNT)
     def test_masked_rows_are_as_if_dropped(self, one):

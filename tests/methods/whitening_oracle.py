@@ -13,6 +13,7 @@ from oracles import (
     GRADIENTS,
     ORACLES,
     Params,
+    activate,
     as_axes,
     f64,
     finish,
@@ -71,6 +72,39 @@ def batch_whitening_gradients(method, params, state, x, g, mask):
     dx = np.where(valid, dc + dmoments, 0)
     z = restored(method, product(method, c, matrix.T), x.shape)
     return restored(method, dx, x.shape), *affine_gradients(method, z, g)
+
+
+@ORACLES("SampleWhitening")
+def sample_whitening(method, params, state, x, mask, train):
+    y, of = np.zeros_like(x), of_samples(method)
+    for own in groups_of_samples(method, mask):
+        rows, valid = rows_of(of, x[own], mask[own])
+        _, mean, cov = moments(rows, valid)
+        y[own] = restored(of, (rows - mean) @ root(of, cov).T, x[own].shape)
+    return activate(method, y), state
+
+
+@GRADIENTS("SampleWhitening")
+def sample_whitening_gradients(method, params, state, x, g, mask):
+    dx = np.zeros_like(x)
+    for own in groups_of_samples(method, mask):
+        parts = (a[own] for a in (x, g, mask))
+        dx[own], *_ = batch_whitening_gradients(of_samples(method), Params(), None, *parts)
+    return dx, None, None
+
+
+def of_samples(method):
+    """What does to features, those along the axis of the batch, as `method` does to samples."""
+    if method.steps is None:
+        return nj.DecorrelatedBatchNorm(axis=0, epsilon=method.epsilon, group_size=None)
+    return nj.IterativeNorm(axis=0, epsilon=method.epsilon, group_size=None, steps=method.steps)
+
+
+def groups_of_samples(method, mask):
+    """Indices of the samples of each group, without those that are masked as a whole."""
+    size, present = method.group_size or len(mask), mask.reshape(len(mask), -1).any(1)
+    groups = (np.arange(i, i + size) for i in range(0, len(mask), size))
+    return [own[present[own]] for own in groups if present[own].any()]
 
 
 @ORACLES("StochasticWhiteningBatchNorm")
