@@ -1459,12 +1459,6 @@ OF_WHITENING = {
         "largest = jnp.zeros(cov.shape[:-2], int)",
         some("test_roots.py", "is_a_bound"),
     ),
-    "running covariance never unbiased": Mutant(
-        WHITENING,
-        "return a * (jnp.maximum(count, 1) / jnp.maximum(count - 1, 1))",
-        "return a * (count / jnp.maximum(count, 1))",
-        some("methods/test_whitening.py", "test_oracle"),
-    ),
     "groups without samples move": Mutant(
         WHITENING,
         "    valid = seen.count > 0\n",
@@ -1500,12 +1494,6 @@ OF_WHITENING = {
         "lambda a: a[None], statistics.merge(seen)",
         "lambda a: a.mean(0)[None], seen",
         some("methods/test_whitening.py", "test_oracle"),
-    ),
-    "half of the half-life": Mutant(
-        WHITENING,
-        "return math.log(2) / (2 * self.half_life)",
-        "return math.log(2) / self.half_life",
-        some("methods/test_whitening.py", "half_life"),
     ),
     "groups not dealt": Mutant(
         WHITENING,
