@@ -193,7 +193,7 @@ def _disturbance(method, variables, x, batch_size, sizes, keys):
     samples, batches = sizes
 
     def output(followed, keys):
-        order = jax.random.uniform(keys[0], len(x)).at[followed].set(2)
+        order = jax.random.uniform(keys[0], (len(x),)).at[followed].set(2)
         batch = x[lax.top_k(order, batch_size)[1]]  # the one followed is its first sample
         y, _ = method.apply(*variables, batch, train=True, key=keys[1])
         return widen(y[0])
