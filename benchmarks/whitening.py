@@ -36,13 +36,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from benchmarks import data, machine, models, report, training, whiteness
 from benchmarks.options import rate, whole
 from benchmarks.whiteness import ALPHAS, BN, decorrelated, iterative, stochastic
 
 PASSES = 1000  # batches of 64 that stochastic whitening sees before it is measured
-STEPS = 400  # of training
+STEPS = {"convolutions": 300, "dense": 400}  # of training
+SEEDS = {"dense": 20}  # where they are not 8
 DENSE_BATCHES = (16, 64, 256)
 MEASURES = ("accuracy", "early loss", "final loss")
 
@@ -72,9 +74,10 @@ def convolutions_arms() -> dict[str, Arm]:
 def dense_arms() -> dict[str, Arm]:
     """The networks of the study, by name."""
     arms = {}
-    methods = {"BN": BN, "DBN 16": decorrelated(16), "DBN 64": decorrelated(64)}
+    methods = {"BN": BN} | {f"DBN {size}": decorrelated(size) for size in (16, 32, 64)}
+    methods["DBN all"] = decorrelated(None)
     for size in DENSE_BATCHES:
-        for name, method in (methods | {"DBN all": decorrelated(None)}).items():
+        for name, method in methods.items():
             arms[f"{name}, batch {size}"] = Arm((method,), size)
     pca = whiteness.PCABatchNorm(group_size=16, momentum=0.9)
     return arms | {f"PCA 16, batch {size}": Arm((pca,), size) for size in DENSE_BATCHES[1:]}
@@ -249,8 +252,8 @@ def _options(argv):
     )
     parser.add_argument("--data-dir", help="folder of the images, as in benchmarks.compare")
     parser.add_argument("--train-size", type=whole, help="number of train images to keep")
-    parser.add_argument("--seeds", type=whole, default=8)
-    parser.add_argument("--steps", type=whole, default=STEPS, help="of training, about")
+    parser.add_argument("--seeds", type=whole, help=f"by default 8, {SEEDS}")
+    parser.add_argument("--steps", type=whole, help=f"of training, about; by default {STEPS}")
     parser.add_argument("--learning-rate", type=rate, default=0.1)
     text = "batches that stochastic whitening sees before it is measured"
     parser.add_argument("--passes", type=whole, default=PASSES, help=text)
@@ -266,6 +269,11 @@ def _options(argv):
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The results of a study, of which those stored are not made again."""
     study, file = STUDIES[name], options.output / f"{name}.json"
+    chosen = {
+        "seeds": options.seeds or SEEDS.get(name, 8),
+        "steps": options.steps or STEPS.get(name),
+    }
+    options = argparse.Namespace(**vars(options) | chosen)
     configuration = {field: getattr(options, field) for field in study.options}
     results: dict[str, Any] = {"study": name, "configuration": configuration}
     if file.exists():
@@ -276,7 +284,8 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     else:
         results = {**machine.heading("whitening", "flax", "scikit-learn"), **results}
     store = lambda: machine.write(results, file, indent=None, allow_nan=False)
-    study.run(options, results, store)
+    with threadpool_limits(1, user_api="blas"):  # its threads wait for each other by spinning
+        study.run(options, results, store)
     results["complete"] = True
     store()
     return results

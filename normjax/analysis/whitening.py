@@ -87,11 +87,11 @@ def _measure(x):
     varies = length > rounding * math.sqrt(len(rows))
     unit = factor * jnp.where(varies, 1 / jnp.where(varies, length, 1), 0)[None]
     number = jnp.sum(varies)
-    squares = jnp.sum(jnp.square(product(unit.T, unit))) - number
+    pairs = product(unit.T, unit) * (1 - jnp.eye(len(varies), dtype=unit.dtype))
     return Measures(
         condition=_condition(factor, factor.shape[1]),
         correlation_condition=_condition(unit, number),
-        off_diagonal=jnp.maximum(squares, 0) / (number * (number - 1)),
+        off_diagonal=jnp.sum(jnp.square(pairs)) / (number * (number - 1)),
     )
 
 
