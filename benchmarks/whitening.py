@@ -42,8 +42,8 @@ from benchmarks import data, machine, models, report, training, whiteness
 from benchmarks.options import rate, whole
 from benchmarks.whiteness import ALPHAS, BN, decorrelated, iterative, stochastic
 
-PASSES = 1000  # batches of 64 that stochastic whitening sees before it is measured
-STEPS = {"convolutions": 300, "dense": 400}  # of training
+PASSES = 500  # batches of 64 that stochastic whitening sees before it is measured
+STEPS = {"convolutions": 300, "dense": 300}  # of training
 SEEDS = {"dense": 20}  # where they are not 8
 DENSE_BATCHES = (16, 64, 256)
 MEASURES = ("accuracy", "early loss", "final loss")
