@@ -59,7 +59,7 @@ DERF = "normjax/methods/derf.py"
 RUNNING_NORM = "normjax/methods/running_norm.py"
 LINEN, CARRY = (f"normjax/linen/{name}.py" for name in ("__init__", "carry"))
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
-BALANCE = "normjax/analysis/balance.py"
+BALANCE, WHITENESS = (f"normjax/analysis/{name}.py" for name in ("balance", "whitening"))
 MATRICES, ROOTS = (f"normjax/core/{name}.py" for name in ("matrices", "roots"))
 WHITENING = "normjax/methods/whitening.py"
 
@@ -936,6 +936,30 @@ OF_ANALYSIS = {
         "jnp.mean(cosines, where=pairs)",
         "jnp.mean(cosines)",
         some("analysis/test_balance.py", "no_direction"),
+    ),
+    "condition number of what is not centred": Mutant(
+        WHITENESS,
+        "centred = rows - jnp.mean(rows, 0, keepdims=True)",
+        "centred = rows",
+        some("analysis/test_whitening.py", "test_oracle"),
+    ),
+    "squared correlations with those of a feature and itself": Mutant(
+        WHITENESS,
+        "pairs = product(unit.T, unit) * (1 - jnp.eye(len(varies), dtype=unit.dtype))",
+        "pairs = product(unit.T, unit)",
+        some("analysis/test_whitening.py", "test_oracle"),
+    ),
+    "features that do not vary among the correlated ones": Mutant(
+        WHITENESS,
+        "number = jnp.sum(varies)",
+        "number = len(varies)",
+        some("analysis/test_whitening.py", "do_not_vary"),
+    ),
+    "disturbance in batches without the sample": Mutant(
+        WHITENESS,
+        "order = jax.random.uniform(keys[0], (len(x),)).at[followed].set(2)",
+        "order = jax.random.uniform(keys[0], (len(x),))",
+        some("analysis/test_whitening.py", "over_every_batch"),
     ),
 }
 

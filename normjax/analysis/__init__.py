@@ -1,5 +1,5 @@
 """Measurements of networks, one file per question."""
 
-from normjax.analysis import balance, figures, layers, noise, propagation, spectra
+from normjax.analysis import balance, figures, layers, noise, propagation, spectra, whitening
 
-__all__ = ["balance", "figures", "layers", "noise", "propagation", "spectra"]
+__all__ = ["balance", "figures", "layers", "noise", "propagation", "spectra", "whitening"]
