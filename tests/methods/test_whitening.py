@@ -62,6 +62,7 @@ class AgreementTest(parameterized.TestCase):
         agreement.check_vectors(name)
 
     @parameterized.parameters(*(name for name in RECORDED if name.startswith("iter_norm")))
+    @pytest.mark.slow
     def test_vectors_in_the_coupled_form(self, name):
         agreement.check_vectors(name, iteration="cubic")
 
@@ -140,7 +141,7 @@ class LimitsTest(parameterized.TestCase):
         state, moved = train(method, x)[1], train(plain, x)[1]
         close((state.mean, state.var), (moved.mean, moved.var), 1e-6)
 
-    @parameterized.parameters(0, 1, 4, 7)
+    @parameterized.parameters(1, 7)
     def test_coupled_and_published_forms_agree(self, steps):
         """In float64 to 1e-9; in float32 rounding of the published one is at 6e-4 after seven."""
         x, forms = mixed(64, 8), ("cubic", "published")
