@@ -33,6 +33,8 @@ WEIGHTED = Traits(inputs={"weights": "sample"})
 class Whitening(NamedTuple):
     """Running statistics of groups of features; the method says which are kept.
 
+    Huang et al., 2018, https://arxiv.org/abs/1804.08450, average the matrices, or the covariances.
+
     Example:
       >>> import normjax as nj
       >>> _, state = nj.IterativeNorm(group_size=2).init(None, 6)
@@ -49,7 +51,10 @@ class Whitening(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WhiteningFields(BatchFields):
-    """The fields of methods that whiten groups of features."""
+    """The fields of methods that whiten groups of features.
+
+    Groups are those of Huang et al., 2018, https://arxiv.org/abs/1804.08450.
+    """
 
     running_average: Literal["exponential", "debiased", "cumulative"] = field(
         "exponential",
@@ -63,7 +68,10 @@ class WhiteningFields(BatchFields):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RootFields(WhiteningFields):
-    """The fields of methods that whiten by a root of the covariance of the batch."""
+    """The fields of methods that whiten by a root of the covariance of the batch.
+
+    Huang et al., 2018, https://arxiv.org/abs/1804.08450, and 2019, https://arxiv.org/abs/1904.03441.
+    """
 
     stored: Literal["covariance", "matrix"] = field(
         "covariance", checks.one_of("covariance", "matrix")
@@ -302,7 +310,7 @@ def residual(method: Any, state: Whitening, seen: Covariances | Parted) -> jax.A
 def coefficients(
     method: Any, params: AffineParams, state: Whitening, seen: Any, *, key: Key = None
 ) -> Linear:
-    """Whitens by the covariance of the batch."""
+    """Whitens by the covariance of the batch; scales are in the matrix, [groups, size, size]."""
     mean, cov = seen[1:3]
     if method.constant_statistics:
         mean, cov = lax.stop_gradient((mean, cov))
