@@ -268,7 +268,8 @@ def mix(
     x, (at, size) = carried(x), where
     sizes = [x.shape[i] for i in at]
     number = -(-math.prod(sizes) // size)
-    mean, matrix = (jnp.broadcast_to(a, (number, *a.shape[1:])) for a in as_wide(x, mean, matrix))
+    whole = lambda a: everywhere(jnp.broadcast_to(a, (number, *a.shape[1:])))
+    mean, matrix = map(whole, as_wide(x, mean, matrix))
     bias = jnp.zeros(sizes, matrix.dtype) if bias is None else bias.astype(matrix.dtype)
     bias = block_features(bias, size)
     return _mix(x, mean, matrix, bias, where, activation, output_dtype(dtype, x))
