@@ -114,13 +114,15 @@ class Norm(nnx.Module):
             raise TypeError(f"{type(self).__name__}: use_running_average={said!r} {hint}")
         hint = "use_running_average was given neither at construction nor at the call."
         evaluate = first_from(said, field, error_msg=f"{type(self).__name__}: {hint}")
+        return self._normalize(x, evaluate, mask, inputs)
+
+    def _normalize(self, x, evaluate, mask, inputs):
         params, state = self.unpack()
         key = self.rngs() if not evaluate and traits(self.method).random else None
         how = dict(train=not evaluate, mask=mask, key=key, **inputs)
         y, state = self.method.apply(params, state, x, **how)
-        moved = {} if evaluate else flatten_dict(to_dict(state))
-        for path, value in moved.items():
-            self._variable(path).set_value(jax.lax.stop_gradient(value))
+        if not evaluate:
+            self.pack(state)
         if Seen in map(type, getattr(self, "__captures__", ())) and observes(self.method):
             seen = self.method.observe(x, mask, **of_statistics(inputs))
             self.sow(Seen, "seen", whole(seen))
@@ -130,6 +132,11 @@ class Norm(nnx.Module):
         """Parameters and state of the method, as the variables are now."""
         params, state = jax.tree.unflatten(self._structure, range(self._structure.num_leaves))
         return self._values(params), self._values(state)
+
+    def pack(self, state: Any) -> None:
+        """Sets the running statistics to those of a state of the method."""
+        for path, value in flatten_dict(to_dict(state)).items():
+            self._variable(path).set_value(jax.lax.stop_gradient(value))
 
     def set_view(self, use_running_average: bool | None = None):
         """Used by `nnx.view`.

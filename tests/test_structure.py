@@ -42,7 +42,7 @@ LAYERS = [
     ["testing.measure", "testing.subject"],
     ["linen", "nnx", "optim", "testing"],
     ["testing.__init__"],
-    ["modules"],
+    ["modules", "observers"],
     ["population", "folding", "interop"],
     ["training", "linen.carry"],
     ["analysis.layers", "analysis.figures"],
