@@ -20,15 +20,16 @@ from flax.typing import PathParts
 
 import normjax.linen
 import normjax.nnx
+from normjax.core import statistics
 from normjax.core.method import feature_sizes, observes, of_statistics, traits
-from normjax.core.statistics import pool, whole
+from normjax.core.statistics import whole
 from normjax.core.structs import from_dict, to_dict
 from normjax.methods.branches import MultiStats
 from normjax.methods.chain import Chain
 from normjax.methods.conditional import Preset
 from normjax.methods.ghost_noise import NoiseState
 
-__all__ = ["Observation", "Observer", "merge", "observer"]
+__all__ = ["Observation", "Observer", "merge", "merge_stacked", "observer"]
 
 SEEN = "observed"  # the variable beside the statistics of a norm that holds what it saw
 STATISTICS = "batch_stats"
@@ -65,7 +66,7 @@ class _Site:
     seen: Any
 
 
-def merge(a: Any, b: Any) -> Any:
+def merge(*seen: Any) -> Any:
     """Trees of statistics, such as `Observation.seen`, pooled node by node.
 
     Example:
@@ -74,7 +75,19 @@ def merge(a: Any, b: Any) -> Any:
       >>> merge(seen, seen)["norm"].count.tolist()
       [4.0, 4.0]
     """
-    return jax.tree.map(pool, a, b, is_leaf=lambda node: hasattr(node, "_fields"))
+    return merge_stacked(jax.tree.map(lambda *a: jnp.stack(a), *seen))
+
+
+def merge_stacked(seen: Any) -> Any:
+    """As `merge`, of trees that are stacked on axis 0.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> x = jnp.arange(12.0).reshape(2, 3, 2)
+      >>> merge_stacked(jax.vmap(nj.BatchNorm().observe)(x)).mean.tolist()
+      [5.0, 6.0]
+    """
+    return jax.tree.map(statistics.merge, seen, is_leaf=lambda node: hasattr(node, "_fields"))
 
 
 def observer(
@@ -143,6 +156,15 @@ class Observer:
 
     def moved(self, variables: Any, seen: Mapping[PathParts, Any], move: Move) -> Any:
         """`variables` with the state of every norm moved: `move(method, state, seen)` of it."""
+        states = self.states(variables)
+        return self.put(variables, {p: self._moved(p, states[p], seen[p], move) for p in seen})
+
+    def states(self, variables: Any) -> dict[PathParts, Any]:
+        """The states of the norms among `variables`, by path."""
+        raise NotImplementedError
+
+    def put(self, variables: Any, states: Mapping[PathParts, Any]) -> Any:
+        """`variables` with other states of the norms."""
         raise NotImplementedError
 
     def _run(self, variables, args, rngs) -> Observation:
@@ -190,7 +212,7 @@ class _LinenObserver(Observer):
         given, seen, paths = dict(variables), {}, list(self.sites)
         for path in paths:
             stats = _nested(given[STATISTICS])
-            nothing = self._nothing(path, self._state(stats, path))
+            nothing = self._nothing(path, self._state(linen.unbox(stats), path))
             given[STATISTICS] = _put(stats, (*path, SEEN), nothing)
         # A collection of its own keeps the traces of nn.jit inside of the model apart from others.
         mutable = [*(name for name in given if name != "params"), SEEN]
@@ -221,18 +243,20 @@ class _LinenObserver(Observer):
             module.put_variable(STATISTICS, SEEN, merge(before, seen))
         return y
 
-    def _state(self, stats, path):
-        here = functools.reduce(lambda tree, name: tree[name], path, linen.unbox(stats))
-        return from_dict(self.sites[path].state, here)
+    def states(self, variables: Any) -> dict[PathParts, Any]:
+        stats = linen.unbox(_nested(variables.get(STATISTICS, {})))
+        return {path: self._state(stats, path) for path in self.sites}
 
-    def moved(self, variables: Any, seen: Mapping[PathParts, Any], move: Move) -> Any:
-        """`variables` with the state of every norm moved: `move(method, state, seen)` of it."""
-        stats = new = linen.unbox(_nested(variables[STATISTICS]))
-        for path in seen:
-            state = self._moved(path, self._state(stats, path), seen[path], move)
+    def put(self, variables: Any, states: Mapping[PathParts, Any]) -> Any:
+        new = dict(variables)
+        for path, state in states.items():
             for at, value in flatten_dict(to_dict(state)).items():
-                new = _put(new, (*path, *at), value)
-        return _like(variables, {**variables, STATISTICS: new})
+                new = _put(new, (STATISTICS, *path, *at), value)
+        return _like(variables, new)
+
+    def _state(self, stats, path):
+        here = functools.reduce(lambda tree, name: tree[name], path, stats)
+        return from_dict(self.sites[path].state, here)
 
 
 class _NNXObserver(Observer):
@@ -241,7 +265,7 @@ class _NNXObserver(Observer):
         self._structure = nnx.split(model)[0]
 
     def _run(self, variables, args, rngs):
-        model = nnx.merge(self._structure, variables)
+        model = nnx.merge(self._structure, variables, copy=True)
         norms, paths = dict(_norms(model)), list(self.sites)
         for path, module in norms.items():
             object.__setattr__(module, "__class__", _observed(type(module)))
@@ -253,6 +277,7 @@ class _NNXObserver(Observer):
         for path in paths:
             seen[path] = getattr(norms[path], SEEN).get_value()
             delattr(norms[path], SEEN)
+        nnx.pop(model, nnx.Intermediate)
         return Observation(output, nnx.state(model), seen)
 
     def front(self, path, module, x, evaluate, mask, inputs):
@@ -266,12 +291,15 @@ class _NNXObserver(Observer):
             variable.set_value(merge(variable.get_value(), seen))
         return y
 
-    def moved(self, variables: Any, seen: Mapping[PathParts, Any], move: Move) -> Any:
-        """`variables` with the state of every norm moved: `move(method, state, seen)` of it."""
-        model = nnx.merge(self._structure, variables)
+    def states(self, variables: Any) -> dict[PathParts, Any]:
+        norms = dict(_norms(nnx.merge(self._structure, variables, copy=True)))
+        return {path: norms[path].unpack()[1] for path in self.sites}
+
+    def put(self, variables: Any, states: Mapping[PathParts, Any]) -> Any:
+        model = nnx.merge(self._structure, variables, copy=True)
         for path, module in _norms(model):
-            if path in seen:
-                module.pack(self._moved(path, module.unpack()[1], seen[path], move))
+            if path in states:
+                module.pack(states[path])
         return nnx.state(model)
 
 

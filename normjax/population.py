@@ -128,7 +128,7 @@ def recalibrate(
     return old
 
 
-def _repeatable(batches: Any, layerwise: bool) -> Callable[[], Iterable[Any]]:
+def _repeatable(batches: Any, layerwise: bool) -> Callable[[], Any]:
     """A function that returns an iterator over the batches."""
     if callable(batches):
         return batches

@@ -47,6 +47,7 @@ LAYERS = [
     ["population", "folding", "interop"],
     ["training.placement", "training.memory", "linen.carry"],
     ["training"],
+    ["training.microbatches"],
     ["training.__init__"],
     ["analysis.layers", "analysis.figures"],
     ["analysis"],

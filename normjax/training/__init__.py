@@ -1,5 +1,7 @@
 """Training of Flax models with norms, on one device or many: steps, placement, memory."""
 
+from normjax.training.microbatches import accumulate as accumulate
+from normjax.training.microbatches import statistics_accumulator as statistics_accumulator
 from normjax.training.placement import pad_batch as pad_batch
 from normjax.training.placement import place as place
 from normjax.training.placement import placement as placement
@@ -19,6 +21,7 @@ __all__ = [
     "Metrics",
     "Step",
     "TrainState",
+    "accumulate",
     "create_train_state",
     "make_eval_step",
     "make_train_step",
@@ -28,4 +31,5 @@ __all__ = [
     "placement",
     "replicate",
     "shard_batch",
+    "statistics_accumulator",
 ]

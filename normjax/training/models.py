@@ -122,16 +122,26 @@ def _open_nnx(structure, params, statistics, key, train, device):
     del key
     model = nnx.merge(structure, params, statistics, copy=True)  # of this trace
     model.train() if train else model.eval()
+    restore = own_streams(model, device)
+
+    def finish():
+        restore()
+        nnx.pop(model, nnx.Intermediate)
+        return nnx.split(model, nnx.Param, ...)[2]
+
+    return model, finish
+
+
+def own_streams(model: nnx.Module, device: Device) -> Callable[[], None]:
+    """Gives the streams of a model keys of the device's own, and returns what takes them back."""
     streams = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)]
     own = [stream for stream in streams if stream.tag != SHARED] if device.axes else []
     keys = [stream.key[...] for stream in own]
     for stream, key in zip(own, keys, strict=True):
         stream.key[...] = device.fold(key)
 
-    def finish():
+    def restore():
         for stream, key in zip(own, keys, strict=True):
             stream.key[...] = key
-        nnx.pop(model, nnx.Intermediate)
-        return nnx.split(model, nnx.Param, ...)[2]
 
-    return model, finish
+    return restore

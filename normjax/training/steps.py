@@ -184,6 +184,7 @@ def make_train_step(
     axis: str | tuple[str, ...] = "data",
     ema_decay: float | None = None,
     streams: tuple[str, ...] = ("dropout",),
+    gradient: Callable[..., Any] | None = None,
 ) -> "Step":
     """A compiled training step, `step(state, batch) -> (state, Metrics)`.
 
@@ -209,6 +210,8 @@ def make_train_step(
       ema_decay: the average of the parameters keeps this share of itself; needs a state with `ema`.
       streams: Linen's random streams besides "ghost". In "shard_map" and "pmap" each device draws
         numbers of its own from them, as from NNX's; "ghost" is the same on all of them.
+      gradient: what takes the gradient, such as `accumulate(model, loss, parts=4)`, which takes
+        it in parts of the batch; None: of the batch as a whole.
 
     ValueError for state and batch on different devices, for samples that the devices do not
     divide, and for statistics that differ between devices.
@@ -230,7 +233,7 @@ def make_train_step(
     if ema_decay is not None:
         checks.require_number("make_train_step", "ema_decay", ema_decay, 0)
 
-    def gradient(state, batch, device):
+    def of_batch(state, batch, device):
         key = None if state.key is None else jax.random.fold_in(state.key, state.step)
 
         def objective(params):
@@ -245,7 +248,7 @@ def make_train_step(
 
     def body(state, batch, device):
         whole = state._replace(params=device.gather(state.params))
-        gradients, (found, statistics) = gradient(whole, batch, device)
+        gradients, (found, statistics) = (gradient or of_batch)(whole, batch, device)
         gradients, found = device.sum((gradients, found))
         gradients = device.divide(gradients)
         device.check(statistics)
