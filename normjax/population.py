@@ -27,6 +27,7 @@ from normjax.observers import merge, observer
 __all__ = ["pool", "recalibrate", "sync"]
 
 MEANS = "mean", "mean_real", "mean_imag"
+_merge = jax.jit(merge)
 Where = Callable[[PathParts, Any], bool]
 
 
@@ -166,17 +167,17 @@ def _leaves(method):
 
 def _total(every):
     """The statistics of all: those of equally many batches are merged, as digits are carried."""
-    levels, add = [], jax.jit(merge)
+    levels = []
     for seen in every:
         level = 0
         while level < len(levels) and levels[level] is not None:
-            seen, levels[level] = add(levels[level], seen), None
+            seen, levels[level] = _merge(levels[level], seen), None
             level += 1
         levels[level : level + 1] = [seen]
     rest = [seen for seen in levels if seen is not None]
     if not rest:
         raise ValueError("recalibrate: there are no batches.")
-    return functools.reduce(add, rest)
+    return functools.reduce(_merge, rest)
 
 
 def _norms(sites, seen):
