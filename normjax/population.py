@@ -69,8 +69,9 @@ def recalibrate(
       batches: batches of any sizes, each a tree of arrays, also sharded over a mesh; with
         `layerwise` a collection, or a function that returns an iterator.
       variables: of a Linen model, with the weights that it is to have.
-      call: `call(model, batch)` calls the model, bound to its variables, as for evaluation: whether
-        norms train is not its business. None: `model(batch)`.
+      call: `call(model, batch)` calls the model, which is bound to its variables and in NNX in
+        `eval()` mode, as for evaluation: which statistics norms use is not its business. None:
+        `model(batch)`.
       where: `where(path, method)` says which norms are recalibrated; None: all that have running
         statistics. The others do as `call` says.
       rngs: keys of a Linen model for what `call` draws, new for each batch.
@@ -105,7 +106,7 @@ def recalibrate(
         raise TypeError(f"recalibrate: variables={type(variables).__name__}: {rule}")
     choose = functools.partial(_chosen, where, layerwise)
     how: Any = dict(train=not layerwise, choose=choose)
-    run = observer(model, call or (lambda model, batch: model(batch)), **how)
+    run = observer(model, functools.partial(_evaluated, call), **how)
     old = nnx.state(model) if isinstance(model, nnx.Module) else variables
     rngs = dict(rngs or {})
 
@@ -127,6 +128,12 @@ def recalibrate(
         nnx.update(model, nnx.filter_state(old, nnx.BatchStat))
         return model
     return old
+
+
+def _evaluated(call, model, batch):
+    if isinstance(model, nnx.Module):
+        model.eval()
+    return model(batch) if call is None else call(model, batch)
 
 
 def _repeatable(batches: Any, layerwise: bool) -> Callable[[], Any]:

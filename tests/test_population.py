@@ -22,9 +22,7 @@ STACKED = dict(variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"param
 
 def batches(seed=0, sizes=SIZES, tail=(4,)):
     """Batches [n, *tail] at an offset, with masks of samples, one without any."""
-    whole = [
-        x * np.float32(2) + 30 for x in (draw(seed + i, n, *tail) for i, n in enumerate(sizes))
-    ]
+    whole = [x * np.float32(2) + 3 for x in (draw(seed + i, n, *tail) for i, n in enumerate(sizes))]
     masks = [ragged(seed + 10 + i, n, *(1,) * len(tail)) for i, n in enumerate(sizes)]
     masks[0] |= True
     if len(sizes) > 1:
@@ -115,7 +113,7 @@ def test_of_whitening_are_covariances(method):
         corr = np.stack([np.eye(2)] * 2) if corr is None else corr
         chex.assert_trees_all_close(state[leaf], corr.astype("float32"), atol=1e-5)
     elif method.stored == "covariance":
-        agree(state, {"cov": cov}, 2e-6)
+        close(state["cov"], cov.astype("float32"), 5e-6)
     else:
         product = state["matrix"] @ np.float32(cov + 1e-3 * np.eye(2)) @ state["matrix"]
         chex.assert_trees_all_close(product, np.stack([np.eye(2, dtype="float32")] * 2), atol=1e-5)
@@ -328,7 +326,7 @@ class Blocks(nnx.Module):
         self.frozen = normjax.nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
 
     def __call__(self, batch):
-        x = self.dropout(nnx.relu(self.norm(batch["x"], batch)), deterministic=True)
+        x = self.dropout(nnx.relu(self.norm(batch["x"], batch)))
 
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         def layers(norm, x):
