@@ -103,9 +103,10 @@ def _open_linen(model, streams, params, statistics, key, train, device):
         nonlocal calls, now
         rngs = {}
         if train:
-            ours = jax.random.fold_in(key, calls)
-            keys = dict(zip((SHARED, *streams), jax.random.split(ours, 1 + len(streams)), strict=True))
-            rngs = {n: k if n == SHARED else device.fold(k) for n, k in keys.items()}
+            names = (SHARED, *streams)
+            keys = jax.random.split(jax.random.fold_in(key, calls), len(names))
+            pairs = zip(names, keys, strict=True)
+            rngs = {name: k if name == SHARED else device.fold(k) for name, k in pairs}
         calls += 1
         how = dict(rngs=rngs, mutable=list(now) if train else False)
         found = model.apply({"params": params, **now}, *args, **how, **kwargs)

@@ -8,11 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen, nnx
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from normjax.core import checks
 from normjax.core.compat import is_traced
@@ -254,8 +253,10 @@ def make_train_step(
         ema = state.ema
         if ema_decay is not None:
             if ema is None:
-                hint = "make the state with create_train_state(..., ema=True)."
-                raise ValueError(f"make_train_step: ema_decay={ema_decay!r} needs an average: {hint}")
+                raise ValueError(
+                    f"make_train_step: ema_decay={ema_decay!r}, but the state has no average. "
+                    "create_train_state(..., ema=True) makes one."
+                )
             ema = optax.incremental_update(params, ema, 1 - ema_decay)
         return TrainState(state.step + 1, params, statistics, opt_state, state.key, ema), found
 
@@ -301,8 +302,8 @@ def make_eval_step(
     return Step("make_eval_step", body, mode, mesh, axis, moves=False)
 
 
-def replicate(state: Any) -> Any:
-    """A copy of a state for each local device on a new first axis, for the mode "pmap".
+def replicate(state: Any, axis: str = "data") -> Any:
+    """A copy of a state for each local device on a new first axis, for the mode "pmap" over `axis`.
 
     `jax.tree.map(lambda a: a[0], state)` undoes it.
 
@@ -311,10 +312,9 @@ def replicate(state: Any) -> Any:
       >>> training.replicate(jax.numpy.ones(3)).shape == (jax.local_device_count(), 3)
       True
     """
-    devices = jax.local_devices()
-    mesh = Mesh(np.array(devices), ("devices",))
-    stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(devices), *a.shape)), state)
-    return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec("devices")))
+    number = jax.local_device_count()
+    stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (number, *a.shape)), state)
+    return jax.pmap(lambda state: state, axis_name=axis)(stacked)
 
 
 def _explicit_mesh(state):
@@ -339,7 +339,8 @@ class Step:
     def __init__(self, name, body, mode, mesh, axis, *, moves):
         checks.require(name, "mode", mode, IS_MODE)
         if (mode == "shard_map") != (mesh is not None):
-            raise ValueError(f"{name}: mode={mode!r} with mesh={mesh!r}: shard_map needs one alone.")
+            hint = "shard_map needs a mesh, and no other mode takes one."
+            raise ValueError(f"{name}: mode={mode!r} with mesh={mesh!r}: {hint}")
         if mesh is not None and not set(several(axis)) <= set(mesh.axis_names):
             names = ", ".join(mesh.axis_names)
             raise ValueError(f"{name}: axis={axis!r}, but the axes of the mesh are {names}.")
@@ -388,7 +389,9 @@ class Step:
             run = lambda state, batch: self._body(state, batch, Device(several(self._axis)))
             return jax.pmap(run, axis_name=self._axis, donate_argnums=donated)
         if self._mode == "shard_map":
-            run = lambda state, batch: self._body(state, batch, Device(several(self._axis), typed=True))
+            run = lambda state, batch: self._body(
+                state, batch, Device(several(self._axis), typed=True)
+            )
             specs = PartitionSpec(), PartitionSpec(self._axis)
             same = (PartitionSpec(),) * 2 if self._moves else PartitionSpec()
             mapped = jax.shard_map(run, mesh=self._mesh, in_specs=specs, out_specs=same)
