@@ -261,11 +261,12 @@ def test_dropout_of_nnx_differs_between_devices_and_its_streams_move_alike():
         return training.Loss(y, None, {"std": jnp.full_like(y, std)})
 
     model = Net(nnx.Rngs(0))
-    state = training.create_train_state(model, OPTIMIZER)
+    state = training.create_train_state(model, OPTIMIZER, mesh=mesh)
     key = jax.device_get(jax.random.key_data(state.statistics["dropout"]["rngs"]["key"][...]))
     step = training.make_train_step(model, OPTIMIZER, kept, mode="shard_map", mesh=mesh)
     state, metrics = step(state, jnp.ones((8, 32)))
     assert metrics.means()["std"] > 0
+    assert not any(a.is_deleted() for a in jax.tree.leaves(nnx.state(model)))
     assert state.statistics["dropout"]["rngs"]["count"][...] == 1
     same = jax.random.key_data(state.statistics["dropout"]["rngs"]["key"][...])
     np.testing.assert_array_equal(same, key)

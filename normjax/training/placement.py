@@ -147,8 +147,8 @@ def shard_batch(batch: Any, mesh: Mesh, axis: str | tuple[str, ...] = "data") ->
       >>> import jax, normjax.training as training
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
       >>> x = training.shard_batch(jax.numpy.ones((16, 3)), mesh)
-      >>> x.sharding.spec
-      P('data')
+      >>> x.sharding.is_equivalent_to(jax.NamedSharding(mesh, jax.P("data")), x.ndim)
+      True
     """
     for name in several(axis):
         if name not in mesh.axis_names:

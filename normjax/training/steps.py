@@ -154,19 +154,18 @@ def create_train_state(
         ours = None if key is None else jax.random.fold_in(key, 1)
         return TrainState(jnp.int32(0), params, statistics, opt_state, ours, average)
 
-    def start_linen():
+    def start():
+        if not isinstance(model, linen.Module):
+            return make(*jax.tree.map(jnp.copy, own))
+        assert key is not None
         rngs = {"params": jax.random.fold_in(key, 0)}
         variables = dict(linen.unbox(model.init(rngs, *args, **kwargs)))
         return make(variables.pop("params", {}), variables)
 
-    if isinstance(model, nnx.Module):
-        _, params, statistics = nnx.split(model, nnx.Param, ...)
-        copies = jax.tree.map(jnp.copy, (params, statistics))
-        start = functools.partial(make, *copies)
+    if not isinstance(model, linen.Module):
+        _, *own = nnx.split(model, nnx.Param, ...)
     elif key is None:
         raise ValueError("create_train_state: a Linen module needs a key, and arguments of a call.")
-    else:
-        start = start_linen
     if mesh is None:
         return jax.jit(start)()
     where = placement(jax.eval_shape(start), mesh, fsdp=fsdp, rules=rules)
