@@ -162,11 +162,12 @@ def test_every_method_with_statistics_agrees(name, way):
         chex.assert_trees_all_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_parameters_shared_with_the_samples_are_gathered(kind):
-    model = Net(nj.BatchNorm())
-    wanted = train(model, linen_loss, ("jit", None))
-    got = train(model, linen_loss, ("jit", kind), fsdp="data")
+@pytest.mark.parametrize("way", ["jit, Auto", "jit, Explicit", "shard_map"])
+def test_parameters_shared_with_the_samples_are_gathered(way):
+    mode, kind = WAYS[way]
+    wanted = train(Net(nj.BatchNorm()), linen_loss, ("jit", None))
+    model = Net(nj.BatchNorm(axis_name="data" if mode == "shard_map" else None))
+    got = train(model, linen_loss, WAYS[way], fsdp="data")
     chex.assert_trees_all_close(got, wanted, atol=1e-5)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     where = training.placement(wanted[0], mesh, fsdp="data")
@@ -239,7 +240,7 @@ def test_devices_draw_their_own_dropout_and_the_same_noise():
     rngs = {name: jax.random.key(1) for name in ("params", "dropout", "ghost")}
     params = Noisy().init(rngs, x)["params"]
     state = training.TrainState(jnp.int32(0), params, {}, OPTIMIZER.init(params), jax.random.key(0))
-    how = {"mode": "shard_map", "mesh": mesh}
+    state, how = training.place(state, mesh), {"mode": "shard_map", "mesh": mesh}
     drawn = training.make_train_step(Noisy(), OPTIMIZER, spread, **how)(state, x)[1].means()
     assert drawn["drop"] > 0.1 and drawn["ghost"] < 1e-6
 
@@ -292,8 +293,9 @@ def test_a_penalty_counts_once_on_all_devices():
 
     x, mesh = jnp.ones((8, 2)), jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     moved = []
-    for how in ({}, {"mode": "shard_map", "mesh": mesh}):
-        state = training.create_train_state(model, OPTIMIZER, jax.random.key(0), x)
+    for where, how in ((None, {}), (mesh, {"mode": "shard_map", "mesh": mesh})):
+        key = jax.random.key(0)
+        state = training.create_train_state(model, OPTIMIZER, key, x, mesh=where)
         before = jax.device_get(state.params["kernel"])
         state, _ = training.make_train_step(model, OPTIMIZER, ridge, **how)(state, x)
         moved.append(before - jax.device_get(state.params["kernel"]))
@@ -354,10 +356,14 @@ def test_bad_input_of_steps():
     objective = lambda model, batch, train: training.Loss(model(batch)[:, 0])
     state = training.create_train_state(model, OPTIMIZER, jax.random.key(0), x)
     step = functools.partial(training.make_train_step, model, OPTIMIZER, objective)
-    with pytest.raises(ValueError, match=r"different devices"):
-        step()(state, training.shard_batch(x, mesh))
+    for how, batch in (
+        ({}, training.shard_batch(x, mesh)),
+        ({"mode": "shard_map", "mesh": mesh}, x),
+    ):
+        with pytest.raises(ValueError, match="different devices"):
+            step(**how)(state, batch)
     with pytest.raises(ValueError, match="do not divide 4"):
-        step(mode="shard_map", mesh=mesh)(state, x[:4])
+        step(mode="shard_map", mesh=mesh)(training.place(state, mesh), x[:4])
     with pytest.raises(ValueError, match="replicate"):
         step(mode="pmap")(state, x)
     with pytest.raises(ValueError, match="do not divide 4"):
