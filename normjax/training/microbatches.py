@@ -1,4 +1,20 @@
-"""Gradients of a batch in parts, one after the other, with the statistics of norms kept right."""
+"""Gradients of a batch in parts, one after the other, with the statistics of norms kept right.
+
+The activations of one part are in memory at a time. The gradient is that of the weighted mean of
+the losses of the whole batch, however many samples of each part count: a sum over parts in at least
+float32, divided once. With norms of single samples (`LayerNorm`, `GroupNorm`), and with running
+statistics that are frozen, it is that of the whole batch in one. Batch norms normalize every part
+by its own statistics: with k parts they are `Ghost(norm, groups=k)`. Norms that depend on their old
+statistics (`BatchRenorm`) see the same in all parts, where statistics move once. "pooled" records
+the moments of the input of `KalmanNorm`; what it makes of a prior, the other ways do.
+
+Parts are blocks of consecutive samples, as the groups of `Ghost`; under `shard_map` and `pmap` of
+the samples of each device. Under `jit` the samples of a part lie over all devices.
+
+`optax.MultiSteps(optimizer, k)` accumulates over k calls of a step instead, and weighs them alike:
+exact where as many samples count in each. Norms then move at each call; with the momentum
+`m ** (1 / k)` they forget as fast as with m once in k calls.
+"""
 
 import functools
 import math
@@ -17,7 +33,7 @@ from normjax.core.sharding import place, spec
 from normjax.core.structs import several
 from normjax.observers import merge, merge_stacked, observer
 from normjax.training.models import SHARED, Device, own_streams
-from normjax.training.steps import Loss, Metrics, TrainState, measure
+from normjax.training.steps import Loss, Metrics, measure
 
 __all__ = ["accumulate", "statistics_accumulator"]
 
@@ -33,39 +49,22 @@ def accumulate(
     statistics: Literal["pooled", "averaged", "sequential"] = "pooled",
     streams: tuple[str, ...] = ("dropout",),
 ) -> Gradient:
-    """A function that takes the gradient of a batch in parts, by `lax.scan`.
-
-    The activations of one part are in memory at a time. The gradient is that of the weighted mean
-    of the losses of the whole batch, however many samples of each part count: a sum over parts in
-    at least float32, divided once. With norms of single samples (`LayerNorm`, `GroupNorm`), and
-    with running statistics that are frozen, it is that of the whole batch in one. Batch norms
-    normalize every part by its own statistics: with k parts they are `Ghost(norm, groups=k)`.
-
-    Parts are blocks of consecutive samples, as the groups of `Ghost`; under `shard_map` and `pmap`
-    of the samples of each device. Under `jit` the samples of a part lie over all devices.
+    """A function that takes the gradient of a batch in parts, by `lax.scan`; see the module.
 
     Args:
       model, loss, streams: as in `make_train_step`. The penalty of a part counts as much as its
         losses do.
       parts: how many there are; divides the batch. Pad it, and give the padding no weight.
       statistics: how the norms' running statistics move. "pooled": once, by the statistics of the
-        whole batch, which `nj.pool` makes of those of the parts; norms that depend on their old
-        statistics see the same in all parts. "averaged": by the mean of what each part makes of the
-        old ones, over parts with a sample, as in `Ghost`. "sequential": by one part after the
-        other, as in `accumulate` of plain Flax. All other state moves from part to part.
+        whole batch, which `nj.pool` makes of those of the parts. "averaged": by the mean of what
+        each part makes of the old ones, over parts with a sample, as in `Ghost`. "sequential": by
+        one part after the other. All other state moves from part to part.
 
-    Returns:
-      `gradient(state, batch)`, which returns `(gradients, (metrics, statistics))` for a
-      `TrainState`, with the structure of its `params` and `statistics`: the `gradient` of
-      `make_train_step`, or for a step of your own. `batch` is a tree of arrays, [samples, ...].
+    Returns `gradient(state, batch)`, which for a `TrainState` returns `(gradients, (metrics,
+    statistics))` with the structure of its `params` and `statistics`: for a step of your own, or as
+    the `gradient` of `make_train_step`. The batch is a tree of arrays, [samples, ...].
 
-    Raises:
-      ValueError: for `parts` below one or that do not divide the batch, and other `statistics`.
-
-    What `KalmanNorm` makes of a prior is recorded by "averaged" and "sequential"; "pooled" records
-    the moments of its input. `optax.MultiSteps(optimizer, k)` accumulates over calls of a step
-    instead, and weighs all alike: exact where as many samples count in each. Norms then move at
-    each call; with the momentum `m ** (1 / k)` they forget as fast as with m once in k calls.
+    ValueError for `parts` below one or that do not divide the batch, and other `statistics`.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, normjax.linen
@@ -85,43 +84,46 @@ def accumulate(
     """
     checks.require("accumulate", "parts", parts, checks.positive)
     checks.require("accumulate", "statistics", statistics, checks.one_of(*MOVES))
+    how = dict(parts=parts, statistics=statistics, streams=streams)
+    return functools.partial(_gradient, model, loss, how)
 
-    def gradient(state: TrainState, batch: Any, device: Device | None = None) -> Any:
-        device = Device() if device is None else device
-        run = observer(model, functools.partial(_loss_of_part, loss, device))
-        join, split = _parting(model)
-        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
 
-        def objective(params, now, batch, rngs):
-            found = run(join(params, now), batch, rngs=rngs)
-            sums = measure(found.output)
-            penalty = lax.stop_gradient(sums.weight) * found.output.penalty
-            return sums.sums["loss"] + penalty, (sums, found.variables, found.seen)
+def _gradient(model, loss, how, state, batch, device=None):
+    """Gradients, and the metrics and statistics: what `accumulate` says."""
+    parts, statistics, streams = how["parts"], how["statistics"], how["streams"]
+    device = Device() if device is None else device
+    run = observer(model, functools.partial(_loss_of_part, loss, device))
+    join, split = _parting(model)
+    key = None if state.key is None else jax.random.fold_in(state.key, state.step)
 
-        def part(carry, each):
-            (total, now), (number, batch) = carry, each
-            rngs = None if key is None else _keys(key, number, streams, device)
-            given = device.own(state.params), now, batch, rngs
-            more, (sums, variables, seen) = jax.grad(objective, has_aux=True)(*given)
-            total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
-            new = run.states(variables) if statistics == "averaged" else {}
-            if statistics != "sequential":
-                old = run.states(join(state.params, state.statistics))
-                variables = run.put(variables, old)
-            return (total, split(variables)), (sums, seen, new)
+    def objective(params, now, batch, rngs):
+        found = run(join(params, now), batch, rngs=rngs)
+        sums = measure(found.output)
+        penalty = lax.stop_gradient(sums.weight) * found.output.penalty
+        return sums.sums["loss"] + penalty, (sums, found.variables, found.seen)
 
-        wide = lambda a: jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32))
-        start = device.own(jax.tree.map(wide, state.params)), state.statistics
-        each = jnp.arange(parts, dtype=jnp.int32), _divide(batch, parts, device)
-        (total, now), (sums, seen, new) = lax.scan(part, start, each)
-        sums = jax.tree.map(lambda a: jnp.sum(a, 0), sums)
-        weight = device.sum(sums.weight)
-        share = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
-        mean = lambda total, a: (total * share.astype(total.dtype)).astype(a.dtype)
-        moved = _committed(run, join(state.params, now), seen, new, statistics)
-        return jax.tree.map(mean, total, state.params), (sums, split(moved))
+    def part(carry, each):
+        (total, now), (number, batch) = carry, each
+        rngs = None if key is None else _keys(key, number, streams, device)
+        given = device.own(state.params), now, batch, rngs
+        more, (sums, variables, seen) = jax.grad(objective, has_aux=True)(*given)
+        total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
+        new = run.states(variables) if statistics == "averaged" else {}
+        if statistics != "sequential":
+            old = run.states(join(state.params, state.statistics))
+            variables = run.put(variables, old)
+        return (total, split(variables)), (sums, seen, new)
 
-    return gradient
+    wide = lambda a: jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32))
+    start = device.own(jax.tree.map(wide, state.params)), state.statistics
+    each = jnp.arange(parts, dtype=jnp.int32), _divide(batch, parts, device)
+    (total, now), (sums, seen, new) = lax.scan(part, start, each)
+    sums = jax.tree.map(lambda a: jnp.sum(a, 0), sums)
+    weight = device.sum(sums.weight)
+    share = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
+    mean = lambda total, a: (total * share.astype(total.dtype)).astype(a.dtype)
+    moved = _committed(run, join(state.params, now), seen, new, statistics)
+    return jax.tree.map(mean, total, state.params), (sums, split(moved))
 
 
 def _loss_of_part(loss, device, model, batch):
@@ -166,8 +168,8 @@ def _divide(batch, parts, device):
             mesh = jax.typeof(a).sharding.mesh
             fits = a.shape[1] % math.prod(mesh.shape[name] for name in several(axes)) == 0
             return place(a, (None, axes if fits else None, *rest), like=a)
+        axes = () if device.axes else tuple(sorted(device.batch_axes))
         meshes = [s.mesh for s in jax.tree.leaves(device.where) if isinstance(s, NamedSharding)]
-        axes = tuple(sorted(device.batch_axes))
         if not axes or not meshes or a.shape[1] % math.prod(meshes[0].shape[n] for n in axes):
             return a
         return lax.with_sharding_constraint(a, NamedSharding(meshes[0], PartitionSpec(None, axes)))
