@@ -190,13 +190,12 @@ def test_on_a_mesh_as_on_one_device(kind):
     how = {"mode": "shard_map", "mesh": mesh} if mapped else {}
     step = make(gradient=training.accumulate(net, loss, PARTS), **how)
     state = start(net, batch)
+    alone = batch
     if mapped:  # the parts are those of each device
-        parts = np.arange(32).reshape(8, PARTS, 1).swapaxes(0, 1).reshape(-1)
-        alone = jax.tree.map(lambda a: a[parts], batch)
-        found, metrics = step(jax.tree.map(jnp.copy, state), batch)
-    else:
-        alone, placed = batch, training.place(jax.tree.map(jnp.copy, state), mesh)
-        found, metrics = step(placed, training.shard_batch(batch, mesh))
+        order = np.arange(32).reshape(8, PARTS, 1).swapaxes(0, 1).reshape(-1)
+        alone = jax.tree.map(lambda a: a[order], batch)
+    placed = training.place(jax.tree.map(jnp.copy, state), mesh)
+    found, metrics = step(placed, training.shard_batch(batch, mesh))
     ghost = Net(nj.Ghost(nj.BatchNorm(momentum=0.5), PARTS))
     gradients, (wanted, _) = of_batch(ghost, state, alone)
     _, (_, statistics) = of_batch(Net(nj.BatchNorm(momentum=0.5)), state, batch)

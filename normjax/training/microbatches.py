@@ -9,7 +9,8 @@ statistics (`BatchRenorm`) see the same in all parts, where statistics move once
 the moments of the input of `KalmanNorm`; what it makes of a prior, the other ways do.
 
 Parts are blocks of consecutive samples, as the groups of `Ghost`; under `shard_map` and `pmap` of
-the samples of each device. Under `jit` the samples of a part lie over all devices.
+the samples of each device, whose gradients are summed over devices once. Under `jit` the samples of
+a part lie over all devices, and gradients are summed over devices for every part.
 
 `optax.MultiSteps(optimizer, k)` accumulates over k calls of a step instead, and weighs them alike:
 exact where as many samples count in each. Norms then move at each call; with the momentum
