@@ -1,8 +1,10 @@
-"""Tracing `apply` once for all layers of one configuration and shape."""
+"""Tracing `apply` once for all layers of one configuration and shape, and as it is written."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import jax
@@ -38,12 +40,33 @@ def traced_once(apply: Apply) -> Apply:
             raise TypeError(f"{name}: apply takes no input {min(unknown)!r}.")
         self.check_inputs(**{name: value for name, value in given.items() if name in known.inputs})
         static = without_initializers(self)
-        out = compiled(static, params, state, x, train=train and known.trains, **given)
+        with as_written() as intercepted:
+            out = compiled(static, params, state, x, train=train and known.trains, **given)
+        if intercepted:  # what follows an activation by primitives sees that y comes of x
+            out = jax.lax.optimization_barrier((x, out[0]))[1], out[1]
         if train:
             self.check_training(x)
         return out
 
     return cast(Apply, run)
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[bool]:
+    """While it is open, qwix puts nothing in place of functions of JAX; whether it did before.
+
+    Its providers round the operands of products and, for ODML, of all arithmetic, of what runs
+    inside of a quantized model. Of norms they know those of Flax alone, by class name; the running
+    statistics of others would be averages of rounded numbers.
+    """
+    interception = sys.modules.get("qwix._src.interception")
+    manager = getattr(interception, "interception_manager", None)
+    active = [] if manager is None else manager.disable_interception()
+    try:
+        yield bool(active)
+    finally:
+        if active:
+            manager.enable_interception(active)
 
 
 def without_initializers(method: Any) -> Any:
