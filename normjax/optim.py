@@ -7,9 +7,7 @@ of a subtree names all leaves below it: "block_1", "*/norm_?", "head/bias".
 """
 
 import collections
-import itertools
 from collections.abc import Callable, Collection, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from normjax.core import checks
+from normjax.core.paths import flatten, matches
 
 LABELS = ("norm_scale", "norm_bias", "bias", "kernel", "embedding", "other")
 DECAYED = ("kernel", "embedding")
@@ -252,15 +251,7 @@ def effective_learning_rates(
 
 def _flatten(tree):
     """Paths as tuples of names, leaves and structure; a masked part counts as one leaf."""
-    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
-    return [_names(path) for path, _ in pairs], [leaf for _, leaf in pairs], structure
-
-
-def _names(path):
-    """The names on a path, without the `value` of a variable of NNX or a box of Linen."""
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+    return flatten(tree, is_leaf=_is_masked)
 
 
 def _is_masked(leaf):
@@ -268,15 +259,7 @@ def _is_masked(leaf):
 
 
 def _matches(name, paths, patterns):
-    """Indices of the paths that a pattern matches, in whole or up to a slash."""
+    """Indices of the paths that a pattern matches; ValueError without patterns."""
     if not patterns:
         raise ValueError(f"{name}: no patterns are given, such as 'stem' or '*/norm_?'.")
-    starts = [list(itertools.accumulate(path, "{}/{}".format)) for path in paths]
-    found = set()
-    for pattern in patterns:
-        hits = {i for i, names in enumerate(starts) if any(fnmatchcase(n, pattern) for n in names)}
-        if not hits:
-            some = ", ".join(names[-1] for names in starts[:5])
-            raise ValueError(f"{name}: the pattern {pattern!r} matches none of {some}, ...")
-        found |= hits
-    return found
+    return matches(name, paths, patterns)

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "normjax"
 
 # A module may import only from the layers listed before its own; a folder stands for its files.
 LAYERS = [
-    ["core.structs", "core.compat"],
+    ["core.structs", "core.compat", "core.paths"],
     ["core.checks", "core.sharding"],
     ["core.gpu", "core.groups"],
     ["core.cpu", "core.method", "core.statistics"],
@@ -126,6 +126,8 @@ def third_party(name):
         dependencies = ["jax", "numpy"]
     elif is_testing(name):
         dependencies = ["jax", "numpy", "chex"]
+    elif name == "normjax.interop":
+        dependencies = [*dependencies, "safetensors"]
     elif name.startswith("normjax.analysis."):
         dependencies = [*dependencies, "matplotlib"]
     return sys.stdlib_module_names | {re.match(r"[\w.-]+", text)[0] for text in dependencies}

@@ -60,13 +60,15 @@ def as_written() -> Iterator[bool]:
     statistics of others would be averages of rounded numbers.
     """
     interception = sys.modules.get("qwix._src.interception")
-    manager = getattr(interception, "interception_manager", None)
-    active = [] if manager is None else manager.disable_interception()
+    manager: Any = getattr(interception, "interception_manager", None)
+    if manager is None:
+        yield False
+        return
+    active = manager.disable_interception()
     try:
         yield bool(active)
     finally:
-        if active:
-            manager.enable_interception(active)
+        manager.enable_interception(active)
 
 
 def without_initializers(method: Any) -> Any:
