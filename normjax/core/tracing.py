@@ -1,10 +1,9 @@
 """Tracing `apply` once for all layers of one configuration and shape, and as it is written."""
 
-import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
@@ -40,10 +39,7 @@ def traced_once(apply: Apply) -> Apply:
             raise TypeError(f"{name}: apply takes no input {min(unknown)!r}.")
         self.check_inputs(**{name: value for name, value in given.items() if name in known.inputs})
         static = without_initializers(self)
-        with as_written() as intercepted:
-            out = compiled(static, params, state, x, train=train and known.trains, **given)
-        if intercepted:  # what follows an activation by primitives sees that y comes of x
-            out = jax.lax.optimization_barrier((x, out[0]))[1], out[1]
+        out = compiled(static, params, state, x, train=train and known.trains, **given)
         if train:
             self.check_training(x)
         return out
@@ -51,24 +47,21 @@ def traced_once(apply: Apply) -> Apply:
     return cast(Apply, run)
 
 
-@contextlib.contextmanager
-def as_written() -> Iterator[bool]:
-    """While it is open, qwix puts nothing in place of functions of JAX; whether it did before.
+def as_written(run: Callable[[], tuple[Any, Any]], x: Any) -> tuple[Any, Any]:
+    """What `run` returns, the output for `x` and more, without what qwix puts in its place.
 
-    Its providers round the operands of products and, for ODML, of all arithmetic, of what runs
-    inside of a quantized model. Of norms they know those of Flax alone, by class name; the running
-    statistics of others would be averages of rounded numbers.
+    In a quantized model qwix replaces functions of JAX: it rounds the operands of products, and for
+    ODML of all arithmetic. Of norms it knows those of Flax alone, by name; of others the running
+    statistics would be averages of rounded numbers.
     """
-    interception = sys.modules.get("qwix._src.interception")
-    manager: Any = getattr(interception, "interception_manager", None)
-    if manager is None:
-        yield False
-        return
-    active = manager.disable_interception()
+    manager: Any = getattr(sys.modules.get("qwix._src.interception"), "interception_manager", None)
+    if manager is None or not (replaced := manager.disable_interception()):
+        return run()
     try:
-        yield bool(active)
+        y, more = run()
     finally:
-        manager.enable_interception(active)
+        manager.enable_interception(replaced)
+    return jax.lax.optimization_barrier((x, y))[1], more  # by which qwix sees that y comes of x
 
 
 def without_initializers(method: Any) -> Any:
