@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
 
 
-def save(
-    manager: "CheckpointManager", state: TrainState, configuration: Mapping[str, Any]
-) -> bool:
+def save(manager: "CheckpointManager", state: TrainState, configuration: Mapping[str, Any]) -> bool:
     """Writes a state as the checkpoint of its step, if the manager's options ask for one.
 
     A checkpoint has all that the run is made of: parameters, statistics, the optimizer's state,
