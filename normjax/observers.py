@@ -24,6 +24,7 @@ from normjax.core import statistics
 from normjax.core.method import feature_sizes, observes, of_statistics, traits
 from normjax.core.statistics import whole
 from normjax.core.structs import from_dict, to_dict
+from normjax.core.tracing import as_written
 from normjax.methods.branches import MultiStats
 from normjax.methods.chain import Chain
 from normjax.methods.conditional import Preset
@@ -174,25 +175,29 @@ class Observer:
         """What a norm returns, and its new state and what it saw, or None where it stays."""
         params, state = variables
         chosen = self._choose(path, method)
-        train = not evaluate if self._train is None else self._train
-        if chosen is None or not jax.tree.leaves(state) or not (train or self._train is False):
-            train, chosen = not evaluate, method if chosen is None else chosen
-            key = make_key() if train and traits(chosen).random else None
-            how = dict(train=train, mask=mask, key=key, **inputs)
-            y, state = chosen.apply(params, state, x, **how)
-            return y, state if train else None, None
-        key = make_key() if train and traits(chosen).random else None
+        watched = chosen is not None and jax.tree.leaves(state) != []
+        forced = watched and self._train is not None
+        train = bool(self._train) if forced else not evaluate
+        runs = method if chosen is None else chosen
+        key = make_key() if train and traits(runs).random else None
         how = dict(train=train, mask=mask, key=key)
+
+        def run():
+            if forced or (watched and train):
+                return _follow(runs, params, state, x, how, inputs)
+            y, new = runs.apply(params, state, x, **how, **inputs)
+            return y, (new, None)
+
         try:
-            y, new, seen = _follow(chosen, params, state, x, how, inputs)
+            y, (new, seen) = as_written(run, x)
         except _Unobserved as error:
             raise ValueError(f"{_name(path)}: {error}") from None
         if not self._surveyed and seen:
-            features = feature_sizes(chosen, x.shape)
-            wanted = jax.eval_shape(lambda: chosen.init(jax.random.key(0), features)[1])
+            features = feature_sizes(runs, x.shape)
+            wanted = jax.eval_shape(lambda: runs.init(jax.random.key(0), features)[1])
             shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
-            self.sites[path] = _Site(chosen, wanted, jax.tree.map(shape, seen))
-        return y, new if self._train is None and train else None, seen
+            self.sites[path] = _Site(runs, wanted, jax.tree.map(shape, seen))
+        return y, new if train and not forced else None, seen
 
     def _nothing(self, path, state):
         """No values, for all that a norm observes, with the axes of stacked layers in front."""
@@ -337,12 +342,12 @@ def _follow(method, params, state, x, how, inputs):
         for name, link, key in method.named(how["key"]):
             own = {k: value for k, value in inputs.items() if k in traits(link).inputs}
             part = params[name], state[name], x, how | {"key": key}, own
-            x, new[name], found = _follow(link, *part)
+            x, (new[name], found) = _follow(link, *part)
             if found is not None:
                 seen[name] = found
-        return x, new, seen
+        return x, (new, seen)
     y, new = method.apply(params, state, x, **how, **inputs)
-    return y, new, _observe(method, state, x, how["mask"], inputs)
+    return y, (new, _observe(method, state, x, how["mask"], inputs))
 
 
 def _observe(method, state, x, mask, inputs):
