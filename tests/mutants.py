@@ -1527,8 +1527,99 @@ OF_WHITENING = {
     ),
 }
 
+POPULATION, OBSERVERS, MICROBATCHES = (
+    f"normjax/{name}.py" for name in ("population", "observers", "training/microbatches")
+)
+OF_POPULATIONS = {
+    "old statistics not forgotten": Mutant(
+        POPULATION,
+        'replace(method, momentum=0.0, running_average="exponential")',
+        'replace(method, momentum=0.01, running_average="exponential")',
+        some("test_population.py", "all_valid_values and exponential"),
+    ),
+    "average of whitening's correlations moved by one step": Mutant(
+        POPULATION,
+        '("covariance", 0.5)',
+        '("covariance", 0.25)',
+        some("test_population.py", "of_whitening"),
+    ),
+    "values pooled with those before": Mutant(
+        POPULATION,
+        "fresh = Pool(count, ",
+        "fresh = Pool(count + 1, ",
+        some("test_population.py", "all_valid_values and pooled"),
+    ),
+    "layers recalibrated in one pass": Mutant(
+        POPULATION,
+        "passes >= _norms(run.sites, seen)",
+        "passes >= 1",
+        some("test_population.py", "whatever_the_batches"),
+    ),
+    "an old statistic that is not a number stays": Mutant(
+        POPULATION,
+        "jnp.where(jnp.isfinite(a), a, jnp.ones((), a.dtype))",
+        "a",
+        some("test_population.py", "of_layers_against"),
+    ),
+    "a batch lost where sums are carried": Mutant(
+        POPULATION,
+        "_merge(levels[level], seen), None",
+        "levels[level], None",
+        some("test_population.py", "do_not_round"),
+    ),
+    "spread of the replicas' means left out": Mutant(
+        POPULATION,
+        "average(a + sum(map(jnp.square, gaps)))",
+        "average(a)",
+        some("test_population.py", "mixture_of_replicas"),
+    ),
+    "replicas weigh alike": Mutant(
+        POPULATION,
+        "weight = jnp.ones(()) if counts is None else counts",
+        "weight = jnp.ones(())",
+        some("test_population.py", "mixture_of_replicas"),
+    ),
+    "only the last call of a norm is observed": Mutant(
+        OBSERVERS,
+        "module.put_variable(STATISTICS, SEEN, merge(before, seen))",
+        "module.put_variable(STATISTICS, SEEN, seen)",
+        some("test_population.py", "shared_norm"),
+    ),
+    "branches take what others see": Mutant(
+        OBSERVERS,
+        "dtype=branch.dtype) == branch",
+        "dtype=branch.dtype) <= branch",
+        some("test_population.py", "branches"),
+    ),
+    "parts weigh alike, whatever counts in them": Mutant(
+        MICROBATCHES,
+        'return sums.sums["loss"] + penalty,',
+        'return sums.means()["loss"] * 4 + penalty,',
+        some("test_microbatches.py", "whole_batch"),
+    ),
+    "statistics move with every part": Mutant(
+        MICROBATCHES,
+        'if statistics != "sequential":',
+        "if False:",
+        some("test_microbatches.py", "is_ghost_norm"),
+    ),
+    "gradients summed in half precision": Mutant(
+        MICROBATCHES,
+        "jnp.promote_types(a.dtype, jnp.float32)",
+        "a.dtype",
+        some("test_microbatches.py", "half_precision"),
+    ),
+    "parts without a sample count": Mutant(
+        MICROBATCHES,
+        "return jnp.any(count > 0, range(1, count.ndim))",
+        "return jnp.any(count >= 0, range(1, count.ndim))",
+        some("test_microbatches.py", "by_choice"),
+    ),
+}
+
 MUTANTS = {
     **OF_ANALYSIS,
+    **OF_POPULATIONS,
     **OF_WHITENING,
     **OF_WEIGHTS,
     **OF_SEGMENTS,
