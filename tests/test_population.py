@@ -243,7 +243,7 @@ def test_sums_do_not_round_with_their_number():
     state = of_norm(nj.BatchNorm(), parts)
     x = np.concatenate([part["x"] for part in parts]).astype("float64")
     agree(state, {"mean": x.mean(0)}, 1e-7)
-    agree(state, {"var": x.var(0)}, 1e-6)
+    agree(state, {"var": x.var(0)}, 1e-5)
 
 
 @pytest.mark.parametrize("layerwise", (False, True))
@@ -418,20 +418,19 @@ class TestSync:
 
     def test_of_covariances_spectra_and_counts(self):
         method = nj.IterativeNorm(group_size=2, last_group="smaller", running_average="cumulative")
-        xs = [draw(i, 40, 3) * (i + 1) + i for i in range(2)]
+        xs = np.stack([draw(i, 40, 3) * (i + 1) + i for i in range(2)])
         _, start = method.init(None, 3)
-        states = [method.absorb(start, method.observe(x)) for x in xs]
-        one = population.sync(jax.tree.map(lambda *a: jnp.stack(a)[:, None], *states))
-        cov = np.cov(np.concatenate(xs).T, bias=True)
-        close(one.cov[0, 0], cov[:2, :2].astype("float32"), 1e-5)
+        absorb = lambda method, start: jax.vmap(lambda x: method.absorb(start, method.observe(x)))
+        states = jax.jit(absorb(method, start))(xs)
+        one = population.sync(jax.tree.map(lambda a: a[:, None], states))
+        close(one.cov[0, 0], np.cov(xs.reshape(-1, 3).T, bias=True)[:2, :2].astype("float32"), 1e-5)
         assert one.count.tolist() == [1.0]
         method = nj.SpectralBatchNorm(spectrum="half", momentum=0.0)
-        maps = [draw(i, 6, 4, 4, 2) + i for i in range(2)]
+        maps = np.stack([draw(i, 6, 4, 4, 2) + i for i in range(2)])
         _, start = method.init(None, 2)
-        states = [method.absorb(start, method.observe(x)) for x in maps]
-        one = population.sync(jax.tree.map(lambda *a: jnp.stack(a), *states))
-        both = method.absorb(start, method.observe(np.concatenate(maps)))
-        chex.assert_trees_all_close(one, both, rtol=1e-5, atol=1e-6)
+        one = population.sync(jax.jit(absorb(method, start))(maps))
+        both = jax.jit(absorb(method, start))(maps.reshape(1, 12, 4, 4, 2))
+        chex.assert_trees_all_close(one, jax.tree.map(lambda a: a[0], both), rtol=1e-5, atol=1e-6)
 
     def test_what_cannot_be_merged_is_an_error(self):
         _, state = nj.IterativeNorm(stored="matrix").init(None, 4)
