@@ -238,3 +238,12 @@ def test_errors():
         training.accumulate(net, loss, 2, statistics="mean")
     with pytest.raises(ValueError, match="parts=3 do not divide a batch of shape"):
         training.accumulate(net, loss, 3)(start(net, batch), batch)
+    mesh = jax.make_mesh((8,), ("data",))
+    batch = {name: np.concatenate([a, a]) for name, a in batch.items()}
+    state = training.place(start(net, batch), mesh)
+    for how in ("pooled", "sequential"):
+        gradient = training.accumulate(net, loss, 2, statistics=how)
+        where = dict(mode="shard_map", mesh=mesh)
+        step = training.make_train_step(net, OPTIMIZER, loss, gradient=gradient, **where)
+        with pytest.raises(ValueError, match="Give its norm axis_name='data'"):
+            step(state, training.shard_batch(batch, mesh))

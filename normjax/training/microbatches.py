@@ -113,6 +113,7 @@ def _gradient(model, loss, how, state, batch, device=None):
         if statistics != "sequential":
             old = run.states(join(state.params, state.statistics))
             variables = run.put(variables, old)
+        device.check(split(variables))
         return (total, split(variables)), (sums, seen, new)
 
     wide = lambda a: jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32))
