@@ -1,5 +1,7 @@
 """Training of Flax models with norms, on one device or many: steps, placement, memory."""
 
+from normjax.training.checkpoints import restore as restore
+from normjax.training.checkpoints import save as save
 from normjax.training.placement import pad_batch as pad_batch
 from normjax.training.placement import place as place
 from normjax.training.placement import placement as placement
@@ -27,5 +29,7 @@ __all__ = [
     "place",
     "placement",
     "replicate",
+    "restore",
+    "save",
     "shard_batch",
 ]
