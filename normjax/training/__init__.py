@@ -2,6 +2,8 @@
 
 from normjax.training.checkpoints import restore as restore
 from normjax.training.checkpoints import save as save
+from normjax.training.microbatches import accumulate as accumulate
+from normjax.training.microbatches import statistics_accumulator as statistics_accumulator
 from normjax.training.placement import pad_batch as pad_batch
 from normjax.training.placement import place as place
 from normjax.training.placement import placement as placement
@@ -21,6 +23,7 @@ __all__ = [
     "Metrics",
     "Step",
     "TrainState",
+    "accumulate",
     "create_train_state",
     "make_eval_step",
     "make_train_step",
@@ -32,4 +35,5 @@ __all__ = [
     "restore",
     "save",
     "shard_batch",
+    "statistics_accumulator",
 ]

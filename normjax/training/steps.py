@@ -182,6 +182,7 @@ def make_train_step(
     axis: str | tuple[str, ...] = "data",
     ema_decay: float | None = None,
     streams: tuple[str, ...] = ("dropout",),
+    gradient: Callable[..., Any] | None = None,
 ) -> "Step":
     """A compiled training step, `step(state, batch) -> (state, Metrics)`.
 
@@ -209,6 +210,8 @@ def make_train_step(
       ema_decay: the average of the parameters keeps this share of itself; needs a state with `ema`.
       streams: Linen's random streams besides "ghost". In "shard_map" and "pmap" each device draws
         numbers of its own from them, as from NNX's; "ghost" is the same on all of them.
+      gradient: what takes the gradient, such as `accumulate(model, loss, parts=4)`, which takes
+        it in parts of the batch; None: of the batch as a whole.
 
     ValueError for state and batch on different devices, for samples that the devices do not
     divide, and for statistics that differ between devices.
@@ -229,41 +232,47 @@ def make_train_step(
     opened = opener("make_train_step", model, streams)
     if ema_decay is not None:
         checks.require_number("make_train_step", "ema_decay", ema_decay, 0)
-
-    def gradient(state, batch, device):
-        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
-
-        def objective(params):
-            call, finish = opened(params, state.statistics, key, True, device)
-            result = loss(call, batch, True)
-            found = measure(result)
-            weight = device.sum(lax.stop_gradient(found.weight))
-            value = _ratio(found.sums["loss"], weight) + result.penalty / device.number
-            return value, (found, finish())
-
-        return jax.grad(objective, has_aux=True)(device.own(state.params))
+    take = gradient or functools.partial(_gradient, opened, loss)
 
     def body(state, batch, device):
         whole = state._replace(params=device.gather(state.params))
-        gradients, (found, statistics) = gradient(whole, batch, device)
+        gradients, (found, statistics) = take(whole, batch, device)
         gradients, found = device.reduce(gradients, found)
         device.check(statistics)
         return gradients, found, statistics
 
-    def update(state, gradients, found, statistics):
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            if ema is None:
-                raise ValueError(
-                    f"make_train_step: ema_decay={ema_decay!r}, but the state has no average. "
-                    "create_train_state(..., ema=True) makes one."
-                )
-            ema = optax.incremental_update(params, ema, 1 - ema_decay)
-        return TrainState(state.step + 1, params, statistics, opt_state, state.key, ema), found
-
+    update = functools.partial(_update, optimizer, ema_decay)
     return Step("make_train_step", body, mode, mesh, axis, update)
+
+
+def _gradient(opened, loss, state, batch, device):
+    """The device's part of the gradient, its sums, and the statistics."""
+    key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+
+    def objective(params):
+        call, finish = opened(params, state.statistics, key, True, device)
+        result = loss(call, batch, True)
+        found = measure(result)
+        weight = device.sum(lax.stop_gradient(found.weight))
+        value = _ratio(found.sums["loss"], weight) + result.penalty / device.number
+        return value, (found, finish())
+
+    return jax.grad(objective, has_aux=True)(device.own(state.params))
+
+
+def _update(optimizer, ema_decay, state, gradients, found, statistics):
+    """The state after the optimizer's step."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema_decay is not None:
+        if ema is None:
+            raise ValueError(
+                f"make_train_step: ema_decay={ema_decay!r}, but the state has no average. "
+                "create_train_state(..., ema=True) makes one."
+            )
+        ema = optax.incremental_update(params, ema, 1 - ema_decay)
+    return TrainState(state.step + 1, params, statistics, opt_state, state.key, ema), found
 
 
 def make_eval_step(
@@ -277,7 +286,7 @@ def make_eval_step(
 ) -> "Step":
     """A compiled evaluation step, `step(state, batch) -> Metrics`: as `make_train_step`.
 
-    Nothing moves, there are no random numbers, and NNX models are in `eval()` mode.
+    Nothing moves, there are no random numbers, and NNX models are in evaluation mode.
 
     Args:
       ema: evaluate the averaged parameters. Running statistics belong to the others:
