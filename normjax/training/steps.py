@@ -1,4 +1,16 @@
-"""Compiled steps of training and evaluation, for one device or many, from one loss function."""
+"""Compiled steps of training and evaluation, for one device or many, from one loss function.
+
+Devices share the work in one of three ways, the `mode` of a step:
+
+- "jit": by the shardings of the state (`place`) and of the batch (`shard_batch`), over Auto or
+  Explicit axes. Statistics are global by themselves.
+- "shard_map": the samples are divided over an axis of a mesh, which norms must name, by
+  `axis_name`. They send one message forward and one backward, where "jit" may need two forward.
+- "pmap": the same over all local devices, with the state of `replicate`.
+
+Parameters that share an axis with the samples (FSDP) are gathered for the step, and their gradients
+are divided again. The optimizer sees whole arrays.
+"""
 
 import contextlib
 import functools
@@ -197,14 +209,7 @@ def make_train_step(
       loss: `loss(model, batch, train)` returns a `Loss`. Its `model` is called as the module is, as
         often as needed: Linen's holds its variables and random streams, NNX's is in training mode
         (`model.train()`). `train` is True here, and False in `make_eval_step`.
-      mode: how several devices share the work.
-        "jit": by the shardings of state (`place`) and batch (`shard_batch`), over Auto or Explicit
-        axes. Statistics are global by themselves.
-        "shard_map": samples are divided over `axis` of `mesh`; the norms must name it, by
-        `axis_name`. Norms then send one message forward and one backward, where "jit" may need two
-        forward. "pmap": the same over all local devices, with the state of `replicate`.
-        Parameters that share an axis with the samples (FSDP) are gathered for the step, and their
-        gradients are divided again. The optimizer sees whole arrays.
+      mode: how several devices share the work, see `normjax.training.steps`.
       mesh: for "shard_map".
       axis: name, or names, of the axis of samples in "shard_map" and "pmap".
       ema_decay: the average of the parameters keeps this share of itself; needs a state with `ema`.
