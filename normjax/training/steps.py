@@ -237,17 +237,18 @@ def make_train_step(
     opened = opener("make_train_step", model, streams)
     if ema_decay is not None:
         checks.require_number("make_train_step", "ema_decay", ema_decay, 0)
-    take = gradient or functools.partial(_gradient, opened, loss)
-
-    def body(state, batch, device):
-        whole = state._replace(params=device.gather(state.params))
-        gradients, (found, statistics) = take(whole, batch, device)
-        gradients, found = device.reduce(gradients, found)
-        device.check(statistics)
-        return gradients, found, statistics
-
+    body = functools.partial(_reduced, gradient or functools.partial(_gradient, opened, loss))
     update = functools.partial(_update, optimizer, ema_decay)
     return Step("make_train_step", body, mode, mesh, axis, update)
+
+
+def _reduced(gradient, state, batch, device):
+    """The gradient as it lies in the state, the sums of all devices, and the statistics."""
+    whole = state._replace(params=device.gather(state.params))
+    gradients, (found, statistics) = gradient(whole, batch, device)
+    gradients, found = device.reduce(gradients, found)
+    device.check(statistics)
+    return gradients, found, statistics
 
 
 def _gradient(opened, loss, state, batch, device):
