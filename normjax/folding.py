@@ -29,7 +29,7 @@ import normjax.nnx
 from normjax import modules
 from normjax.core import checks, matrices, passes
 from normjax.core.compat import is_traced
-from normjax.core.method import Linear, Normalization, Normalizer, feature_positions, traits
+from normjax.core.method import Linear, Normalizer, feature_positions, traits
 from normjax.core.structs import Axes, several
 
 __all__ = ["Folded", "FoldedModel", "Rest", "fold", "into_next", "into_previous"]
@@ -406,17 +406,17 @@ def fold(
     wanted = None if pairs is None else _wanted(program, pairs)
     done, kept = {}, {}
     for i in program.norms():
-        name, reasons = program.name(i), []
+        name, reasons = program.name(i), {}
         if wanted is not None and name not in wanted:
             continue
-        for find in (_previous, _next):
+        for find, where in ((_previous, "in front"), (_next, "behind")):
             try:
                 takers, kernels, rest = find(program, edit, i, norm_inputs)
                 if wanted is not None and wanted[name] != sorted(map(program.name, takers)):
                     names = ", ".join(map(program.name, takers))
                     raise ValueError(f"the layers that can take it are {names}")
             except ValueError as error:
-                reasons.append(str(error))
+                reasons[where] = str(error).rstrip(".")
                 continue
             for taker, arrays in zip(takers, kernels, strict=True):
                 edit.write(program.calls[taker], *arrays)
@@ -424,11 +424,15 @@ def fold(
             done[name] = tuple(map(program.name, takers))
             break
         else:
-            kept[name] = "; ".join(reasons)
+            front, behind = (f"{where}: {text}" for where, text in reasons.items())
+            same = len(set(reasons.values())) == 1
+            kept[name] = reasons["behind"] if same else f"{front}; {behind}"
             if wanted is not None:
                 raise ValueError(f"fold: {name!r} can not be folded: {kept[name]}.")
     new, variables = edit.result()
-    return Folded(new, variables, done, kept, *_differences(model, new, variables, args, kwargs))
+    given = args if variables is None else (variables, *args[1:])
+    differences = _differences((model, args, kwargs), (new, given, kwargs))
+    return Folded(new, variables, done, kept, *differences)
 
 
 def _check_inputs(program, norm_inputs):
@@ -472,13 +476,13 @@ def _previous(program, edit, i, norm_inputs):
 def _next(program, edit, i, norm_inputs):
     """How the layers behind norm `i` take it, or its scale and bias."""
     call = program.norm(i)
-    try:
+    if isinstance(program.method(i), AFFINE_LAST):
+        method, normalizer = _affine_last(edit, call)
+        left, activation = None, getattr(method, "activation", None)
+    else:
         method, normalizer = _normalizer(edit, call, norm_inputs)
         left = _left(method)
         activation = left[0]
-    except ValueError:
-        method, normalizer = _affine_last(edit, call)
-        left, activation = None, method.epilogue()
     if activation is not None:
         raise ValueError("its activation lies in front of what takes its output")
     takers = program.takers[i]
@@ -496,7 +500,7 @@ def _next(program, edit, i, norm_inputs):
 def _normalizer(edit, call, norm_inputs):
     """The method of a norm and its affine map; ValueError if it has none in evaluation."""
     method, params, state = edit.norm(call)
-    if not isinstance(method, Normalization):
+    if not hasattr(method, "evaluation"):
         raise ValueError(f"{type(method).__name__} is no affine map in evaluation")
     names = traits(method).inputs.keys() & {"branch", "condition"}
     given = {name: norm_inputs.get(name) for name in names}
@@ -506,12 +510,10 @@ def _normalizer(edit, call, norm_inputs):
 def _affine_last(edit, call):
     """The method of a norm, and its scale and bias, where these come last."""
     method, params, _ = edit.norm(call)
-    if not isinstance(method, AFFINE_LAST):
-        raise ValueError(f"{type(method).__name__} has no scale and bias behind all else")
     if call.kwargs.get("gate") is not None:
         raise ValueError("its gate lies behind scale and bias")
     if params.scale is None and params.bias is None:
-        raise ValueError(f"{type(method).__name__} has no scale and no bias")
+        raise ValueError(f"{type(method).__name__} has neither scale nor bias")
     scale = params.scale
     if scale is not None:
         scale = scale.astype(passes.wide(scale.dtype)) + getattr(method, "scale_offset", 0)
@@ -901,18 +903,19 @@ class _Nnx:
         return self.model, None
 
 
-def _differences(old, new, variables, args, kwargs):
-    """The largest absolute and relative difference of the outputs of two models."""
-    if isinstance(old, nnx.Module):
-        outputs = nnx.clone(old)(*args, **kwargs), nnx.clone(new)(*args, **kwargs)
-    else:
-        outputs = old.apply(*args, **kwargs), new.apply(variables, *args[1:], **kwargs)
+def _differences(old, new):
+    """The largest absolute and relative difference of the outputs of two calls of models."""
     absolute = relative = 0.0
-    for a, b in zip(*map(jax.tree.leaves, outputs), strict=True):
-        if not jnp.issubdtype(jnp.result_type(a), jnp.floating) or jnp.size(a) == 0:
-            continue
-        a, b = (np.asarray(value).astype("float64") for value in (a, b))
-        gap, size = float(np.max(np.abs(a - b))), float(np.max(np.abs(a)))
-        absolute = max(absolute, gap)
-        relative = max(relative, gap / size if gap else 0.0)
+    for a, b in zip(_outputs(*old), _outputs(*new), strict=True):
+        if jnp.issubdtype(a.dtype, jnp.floating) and a.size:
+            a, b = (np.asarray(value).astype("float64") for value in (a, b))
+            gap, size = float(np.max(np.abs(a - b))), float(np.max(np.abs(a)))
+            absolute = max(absolute, gap)
+            relative = max(relative, gap / size if gap else 0.0)
     return absolute, relative
+
+
+def _outputs(model, args, kwargs):
+    plain = lambda path, module, call, args, kwargs: call(*args, **kwargs)
+    run, *inputs = modules.intercept(model, plain, *args, **kwargs)
+    return jax.jit(run)(*inputs)

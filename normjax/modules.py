@@ -139,6 +139,7 @@ def _intercept_linen(model, around, variables, args, kwargs):
         mutable = kwargs.pop("mutable", [name for name in variables if name != "params"])
         with linen.intercept_methods(intercepted):
             output = model.apply(variables, *args, **kwargs, mutable=mutable)
+        output = output if mutable is False else output[0]
         return list(_arrays(output)[0].values())
 
     return run, variables, arrays
