@@ -43,7 +43,8 @@ LAYERS = [
     ["linen", "nnx", "optim", "testing"],
     ["testing.__init__"],
     ["modules"],
-    ["population", "folding", "interop"],
+    ["folding"],
+    ["population", "folding.__init__", "interop"],
     ["training", "linen.carry"],
     ["analysis.layers", "analysis.figures"],
     ["analysis"],
@@ -181,9 +182,9 @@ def test_import_normjax_brings_no_framework():
 
 
 def public_modules():
-    """The package, its front ends and tools; of `propagate` and `testing` the package alone."""
+    """The package, its front ends and tools; of others the package alone."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
-    hidden = re.compile(r"normjax\.(core|methods|(propagate|testing)\.)")
+    hidden = re.compile(r"normjax\.(core|methods|(folding|propagate|testing)\.)")
     return sorted(name for name in names if not hidden.match(name))
 
 
