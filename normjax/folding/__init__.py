@@ -1,14 +1,16 @@
 """Norms folded into the layers beside them: models that compute the same with fewer operations.
 
 In evaluation with running statistics a norm is an affine map of each feature, or for whitening a
-matrix of features. A dense or convolutional layer takes it into its kernel and bias: that of a norm
-behind it (`into_previous`), or in front of it (`into_next`). Of a norm with statistics of its input,
-such as `LayerNorm`, the layers behind it take scale and bias. `fold` does it for a whole model.
+matrix of features. A dense or convolutional layer takes it into its kernel and bias, whether the
+norm is behind the layer (`into_previous`) or in front of it (`into_next`). Of a norm with
+statistics of its input, such as `LayerNorm`, the layers behind it take scale and bias. `fold` does
+it for a whole model.
 
 Jacob et al., *Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
 Inference*, 2018, section 3.2, https://arxiv.org/abs/1712.05877, for batch norm behind a layer;
-Graef, Wasielewski & Clapp, *FlashNorm*, 2024, section 1, https://arxiv.org/abs/2407.09577, for the
-scale of `RMSNorm`. Departures: none of the latter's deferred division.
+Graef, Makraduli, Wasielewski & Clapp, *FlashNorm*, 2024, https://arxiv.org/abs/2407.09577, for
+scales in front of one. Departure from the latter: the division by the root mean square stays in
+front of the layer.
 """
 
 from collections.abc import Iterable, Mapping

@@ -99,7 +99,7 @@ class Program:
     calls: dict[int, modules.Visit]
     producers: dict[int, int]  # of a call, that whose output it takes
     takers: dict[int, list[int | None]]  # those that take the output of a call; None: anything else
-    looped: set[int]
+    repeated: set[int]  # calls in loops, and in programs that JAX keeps and calls again
     uses: dict[tuple[str, ...], int]  # how often the program uses a variable
 
     @classmethod
@@ -126,8 +126,8 @@ class Program:
         found.uses = {path: counts[v] for path, v in zip(paths, program.invars, strict=False)}
         return found
 
-    def _read(self, program, looped):
-        """Notes the marks of a program and of those inside of it."""
+    def _read(self, program, loop):
+        """Notes the marks of a program, which may be a loop's, and of those inside of it."""
         users = collections.defaultdict(list)
         for eqn in program.eqns:
             for v in eqn.invars:
@@ -139,11 +139,11 @@ class Program:
         for eqn in program.eqns:
             i = _mark(eqn, "gives")
             if i is not None:
+                self.repeated |= {i} if loop or i in self.takers else set()
                 self.takers[i] = users[eqn.outvars[0]]
                 self.producers |= {j: i for j in self.takers[i] if j is not None}
-                self.looped |= {i} if looped else set()
             for inner in _inside(eqn):
-                self._read(inner, looped or eqn.primitive.name in ("scan", "while"))
+                self._read(inner, loop or eqn.primitive.name in ("scan", "while"))
 
     def name(self, i):
         return "/".join(map(str, self.calls[i].path))
@@ -197,8 +197,8 @@ class Program:
         times = sum(call.path == path for call in self.calls.values())
         if times > 1:
             raise ValueError(f"{self.name(i)} is called {times} times")
-        if i in self.looped:
-            raise ValueError(f"{self.name(i)} runs in a loop (`scan`)")
+        if i in self.repeated:
+            raise ValueError(f"{self.name(i)} runs in a loop, or in a `jit` that others run too")
 
 
 MARK = "normjax.folding "
