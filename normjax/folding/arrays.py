@@ -73,10 +73,9 @@ def into_next(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Kernel and bias of a layer and the norm in front of it.
 
-    With a shift this is not exact for a convolution that is `padded` with zeros: the layer pads the
-    output of the norm, and folded its input, whose zeros the norm would have shifted. At borders
-    the sum over the kernel then lacks positions, and no bias can say so. Dtypes are those of
-    `into_previous`.
+    A shift does not pass through a convolution that is `padded` with zeros: behind the norm they
+    stay zero, but a bias stands for a shift of all positions under the kernel, theirs too. Dtypes
+    are those of `into_previous`.
 
     Args:
       kernel: of a dense layer [inputs, features], of a convolution [..., inputs, features].
@@ -105,9 +104,7 @@ def into_next(
     out = checks.as_axes(name, "outputs", outputs, kernel.shape)
     sizes = tuple(kernel.shape[i] for i in out)
     k, b = _wide(name, kernel, bias, sizes)
-    if groups > 1:
-        _require_last(name, groups, k.shape, at, out)
-        k = _join_groups(k, groups)
+    k = _join_groups(name, k, groups, at, out)
     of_inputs = tuple(k.shape[i] for i in at)
     if isinstance(normalizer, Linear):
         of = _blocks(name, normalizer, of_inputs, groups)
@@ -118,12 +115,11 @@ def into_next(
         folded, shift = k * passes.lift(slope, at, k.ndim), shift - mean * slope
     if padded and (is_traced(shift) or bool(jnp.any(shift != 0))):
         raise ValueError(
-            f"{name}: the layer pads with zeros, and the norm shifts what it is given: at the "
-            "borders no bias makes up for the shift. Leave the norm, or pad its output yourself."
+            f"{name}: the layer pads with zeros, which a bias in place of the norm's shift would "
+            "shift too. Leave the norm, or take it behind the layer."
         )
     total = k * passes.lift(shift, at, k.ndim)
-    if groups > 1:
-        folded, total = (_split_groups(a, groups) for a in (folded, total))
+    folded, total = (_split_groups(a, groups) for a in (folded, total))
     b = b + jnp.sum(total, tuple(i for i in range(k.ndim) if i not in out))
     return _narrow(kernel, bias, normalizer, folded, b)
 
@@ -182,24 +178,24 @@ def _mix(linear, b):
     return matrices.mix(b[None], linear.mean, linear.matrix, linear.bias, where)[0]
 
 
-def _require_last(name, groups, shape, at, out):
-    rank = len(shape)
-    if (at, out) != ((rank - 2,), (rank - 1,)) or shape[-1] % groups:
+def _join_groups(name, k, groups, at, out):
+    """[..., inputs of a group, outputs] as [..., inputs, outputs of a group]."""
+    if groups == 1:
+        return k
+    *space, inputs, outputs = k.shape
+    if (*at, *out) != (k.ndim - 2, k.ndim - 1) or outputs % groups:
         raise ValueError(
-            f"{name}: groups={groups} and a kernel of shape {shape} with inputs {at} and outputs "
+            f"{name}: groups={groups} and a kernel of shape {k.shape} with inputs {at} and outputs "
             f"{out}: they are its last two axes, and groups divide the outputs."
         )
-
-
-def _join_groups(k, groups):
-    """[..., inputs of a group, outputs] as [..., inputs, outputs of a group]."""
-    *space, inputs, outputs = k.shape
     k = jnp.moveaxis(k.reshape(*space, inputs, groups, outputs // groups), -2, -3)
     return k.reshape(*space, groups * inputs, outputs // groups)
 
 
 def _split_groups(k, groups):
     """The inverse of `_join_groups`."""
+    if groups == 1:
+        return k
     *space, inputs, outputs = k.shape
     k = jnp.moveaxis(k.reshape(*space, groups, inputs // groups, outputs), -3, -2)
     return k.reshape(*space, inputs // groups, groups * outputs)
