@@ -40,12 +40,16 @@ LAYERS = [
     ["methods.__init__"],
     ["__init__"],
     ["testing.measure", "testing.subject"],
+    ["paths"],
     ["linen", "nnx", "optim", "testing"],
     ["testing.__init__"],
     ["modules"],
     ["folding"],
     ["population", "folding.__init__", "interop"],
-    ["training", "linen.carry"],
+    ["training.placement", "training.memory", "training.models"],
+    ["training.microbatches", "linen.carry"],
+    ["training"],
+    ["training.__init__"],
     ["analysis.layers", "analysis.figures"],
     ["analysis"],
     ["analysis.__init__"],
@@ -182,9 +186,9 @@ def test_import_normjax_brings_no_framework():
 
 
 def public_modules():
-    """The package, its front ends and tools; of others the package alone."""
+    """The package, its front ends and tools; of `propagate` and the like the package alone."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
-    hidden = re.compile(r"normjax\.(core|methods|(folding|propagate|testing)\.)")
+    hidden = re.compile(r"normjax\.(core|methods|paths|(folding|propagate|testing|training)\.)")
     return sorted(name for name in names if not hidden.match(name))
 
 

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import normjax.linen
 import normjax.nnx
-from normjax import modules
+from normjax import modules, paths
 from normjax.core.method import traits
 from normjax.core.structs import several
 
@@ -121,9 +121,8 @@ class Program:
         found = cls({}, {}, {}, set(), {})
         found._read(program, False)
         found.calls = {i: calls[i] for i in sorted(found.takers)}
-        paths = [_names(path) for path, _ in jax.tree.leaves_with_path(variables)]
-        counts = _uses(program)
-        found.uses = {path: counts[v] for path, v in zip(paths, program.invars, strict=False)}
+        names, counts = paths.flatten(variables)[0], _uses(program)
+        found.uses = {path: counts[v] for path, v in zip(names, program.invars, strict=False)}
         return found
 
     def _read(self, program, loop):
@@ -232,12 +231,6 @@ def _uses(program):
         if not inner:
             counts.update(v for v in eqn.invars if not hasattr(v, "val"))
     return counts
-
-
-def _names(path):
-    """A path of JAX as names, without the `value` of a box or a variable."""
-    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-    return names[:-1] if isinstance(path[-1], jax.tree_util.GetAttrKey) else names
 
 
 def _layout(module):
