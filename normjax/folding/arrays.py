@@ -80,17 +80,15 @@ def into_next(
     Args:
       kernel: of a dense layer [inputs, features], of a convolution [..., inputs, features].
       bias: of the shape of the axes `outputs` of the kernel; None: zero.
-      normalizer: as for `into_previous`, of the shape of the axes `inputs`, for a convolution with
-        groups of the inputs of all groups.
+      normalizer: as for `into_previous`, but of the shape of all inputs, those of all groups.
       inputs, outputs: the axes of the kernel that are features of input and output; all but the
         outputs are summed over.
       groups: groups of features of a convolution.
       padded: whether the layer pads with zeros, or puts zeros between positions.
 
     Raises:
-      ValueError: for shapes that do not fit, blocks of a matrix across groups, groups with other
-        `inputs` and `outputs` than the last two axes, and a shift that is not zero, or traced,
-        where the layer is `padded`.
+      ValueError: as `into_previous`, for a shift that is traced or not zero if `padded`, and for
+        groups with other axes than the last two.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj, normjax.folding as folding
