@@ -271,13 +271,19 @@ def test_scale_and_bias_go_into_attention_and_mlp(first, second):
 
 
 def test_scale_and_bias_leave_a_norm_of_nnx():
-    rngs = nnx.Rngs(0)
-    model = nnx.Sequential(nnx_norms.LayerNorm(4, rngs=rngs), nnx.Linear(4, 5, rngs=rngs))
-    done = folding.fold(randomized(model), draw(0, 2, 4))
-    assert done.folded == {"layers/0": ("layers/1",)} and done.relative <= TOLERANCE
-    norm = done.model.layers[0]
-    assert jax.tree.leaves(nnx.state(norm)) == [] and not norm.use_scale
-    assert model.layers[0].scale is not None
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx_norms.LayerNorm(4, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+
+        def __call__(self, x):
+            return x + self.attention(self.norm(x))
+
+    model = randomized(Net(nnx.Rngs(0)))
+    done = folding.fold(model, draw(0, 2, 3, 4))
+    assert done.folded == {"norm": tuple(f"attention/{name}" for name in ("query", "key", "value"))}
+    assert done.relative <= TOLERANCE and model.norm.scale is not None
+    assert jax.tree.leaves(nnx.state(done.model.norm)) == [] and not done.model.norm.use_scale
 
 
 OTHERS = {
@@ -357,31 +363,51 @@ def test_what_is_not_folded_and_why(case, reason):
         folding.fold(model, old, x, pairs=[("norm", "layer")])
 
 
-def test_layers_in_loops_are_not_folded():
+@pytest.mark.parametrize("in_front", (False, True))
+def test_transformed_layers(in_front):
     class Body(nn.Module):
         @nn.compact
         def __call__(self, x, _):
-            x = norms.BatchNorm(use_running_average=True, name="norm")(nn.Dense(4)(x))
-            return nn.relu(x), None
+            norm = norms.BatchNorm(use_running_average=True, name="norm")
+            layer = nn.Dense(4, use_bias=False, name="layer")
+            return nn.relu(layer(norm(x)) if in_front else norm(layer(x))), None
 
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            split = dict(variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True})
-            x, _ = nn.scan(Body, **split, length=2)(name="loop")(x, None)
-            each = nn.vmap(Body, **split, in_axes=(0, None), axis_size=2)
-            y, _ = each(name="each")(jnp.stack([x, x]), None)
-            y, _ = nn.remat(Body)(name="remat")(y[0], None)
-            jitted = nn.jit(Body)
-            for name in ("first", "second"):  # JAX traces the first alone
-                y, _ = jitted(name=name)(y, None)
-            return y
+            how: dict = dict(split_rngs={"params": True})
+            how["variable_axes"] = {"params": 0, "batch_stats": 0}
+            x, _ = nn.scan(Body, **how, length=2)(name="scan")(x, None)
+            each = nn.vmap(Body, **how, in_axes=(0, None), axis_size=2)
+            x, _ = nn.scan(each, **how, length=3)(name="both")(jnp.stack([x, x]), None)
+            how["variable_axes"] = {"params": 1, "batch_stats": 1}
+            x, _ = nn.scan(Body, **how, length=3)(name="other_axis")(x[0], None)
+            return nn.remat(Body)(name="remat")(x, None)[0]
 
     model, x = Net(), draw(0, 2, 4)
     done = folding.fold(model, variables(model, x), x)
-    assert done.folded == {"remat/norm": ("remat/Dense_0",)} and done.relative <= TOLERANCE
-    reasons = dict(loop="runs in a loop", each="stacked", first="`jit` that others run too")
-    assert all(reasons[name] in done.kept[f"{name}/norm"] for name in reasons)
+    folded = ("scan", "both", "remat")
+    assert done.folded == {f"{name}/norm": (f"{name}/layer",) for name in folded}
+    assert done.relative <= TOLERANCE and list(done.kept) == ["other_axis/norm"]
+    assert "kernel of other_axis/layer is not stacked on axis 0" in done.kept["other_axis/norm"]
+    assert done.variables["params"]["both"]["layer"]["bias"].shape == (3, 2, 4)
+
+
+def test_layers_of_one_jit_are_not_folded():
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return norms.BatchNorm(use_running_average=True, name="norm")(nn.Dense(4)(x))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            jitted = nn.jit(Body)  # JAX traces one of both
+            return jitted(name="second")(jitted(name="first")(x))
+
+    model, x = Net(), draw(0, 2, 4)
+    done = folding.fold(model, variables(model, x), x)
+    assert done.folded == {} and "`jit` that others run too" in done.kept["first/norm"]
 
 
 def test_shared_modules_and_variables_of_nnx():

@@ -13,6 +13,7 @@ scales in front of one. Departure from the latter: the division by the root mean
 front of the layer.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from flax import linen, nnx
 import normjax
 from normjax import modules
 from normjax.core import passes
-from normjax.core.method import Linear, Normalizer, feature_positions, traits
+from normjax.core.method import Linear, Normalizer, feature_positions, feature_sizes, traits
 from normjax.core.structs import several
 from normjax.folding.arrays import into_next, into_previous
 from normjax.folding.models import FoldedModel, LinenEdit, NnxEdit, Rest
@@ -88,7 +89,8 @@ def fold(
     activation of its own, may lie between; the `activation` of a method stays. Of `LayerNorm`,
     `RMSNorm`, `GroupNorm` and the like, scale and bias go into the layers behind. Layers without
     bias get one if there is a shift. What takes which output, and that nothing else uses it or a
-    kernel, is read from the program that JAX makes of the model.
+    kernel, is read from the program that JAX makes of the model. Layers that `scan` or `vmap` stack
+    on axis 0 are folded like others.
 
     Norms are those of normjax, and must evaluate (NNX: `model.eval()`); of a `chain`, make modules
     of their own. Masks of evaluation are dropped: they only change the output where masked.
@@ -194,27 +196,36 @@ def _wanted(program, pairs):
 def _previous(program, edit, i, norm_inputs):
     """How the layer in front of norm `i` takes it: layers, their arrays, what is left of it."""
     call = program.norm(i)
-    method, normalizer = _normalizer(edit, call, norm_inputs)
+    method, *variables = edit.norm(call)
+    shapes = _shapes(method, call)
+    evaluation = _evaluation(method, shapes, norm_inputs)
     p = program.producers.get(i)
     if p is None or program.layout(p) is None:
         raise ValueError("its input is not the output of a dense or convolutional layer")
     if program.takers[p] != [i]:
         raise ValueError(f"something else takes the output of {program.name(p)} too")
-    layout, kernel, bias = program.layer(p, edit)
-    normalizer = _on_axes(normalizer, method, program.calls[p].output.shape, layout.outputs)
+    layout, depth, *arrays = program.layer(p, edit)
     how: Any = dict(axes=tuple(layout.outputs.values()), groups=layout.groups)
-    return [p], [into_previous(kernel, bias, normalizer, **how)], _left(method)
+
+    def take(variables, kernel, bias):
+        shape = program.calls[p].output.shape
+        normalizer = _on_axes(evaluation(*variables), method, shape, layout.outputs)
+        return into_previous(kernel, bias, normalizer, **how)
+
+    _require_depth(variables, shapes, depth, program.name(p))
+    return [p], [_stacked(take, depth)(variables, *arrays)], _left(method)
 
 
 def _next(program, edit, i, norm_inputs):
     """How the layers behind norm `i` take it, or its scale and bias."""
     call = program.norm(i)
-    if isinstance(program.method(i), AFFINE_LAST):
-        method, normalizer = _affine_last(edit, call)
-        left, activation = None, getattr(method, "activation", None)
+    method, *variables = edit.norm(call)
+    shapes = _shapes(method, call)
+    if isinstance(method, AFFINE_LAST):
+        evaluation, left = _affine_last(method, variables, call), None
+        activation = getattr(method, "activation", None)
     else:
-        method, normalizer = _normalizer(edit, call, norm_inputs)
-        left = _left(method)
+        evaluation, left = _evaluation(method, shapes, norm_inputs), _left(method)
         activation = left[0]
     if activation is not None:
         raise ValueError("its activation lies in front of what takes its output")
@@ -223,35 +234,63 @@ def _next(program, edit, i, norm_inputs):
         raise ValueError("its output goes to what is no dense or convolutional layer")
     new = []
     for t in takers:
-        layout, kernel, bias = program.layer(t, edit)
-        on = _on_axes(normalizer, method, program.calls[t].args[0].shape, layout.inputs)
+        layout, depth, *arrays = program.layer(t, edit)
         axes = dict(inputs=tuple(layout.inputs.values()), outputs=tuple(layout.outputs.values()))
         how: Any = dict(**axes, groups=layout.groups, padded=layout.padded)
-        new.append(into_next(kernel, bias, on, **how))
+
+        def take(variables, kernel, bias, layout=layout, how=how):
+            normalizer = _on_axes(evaluation(*variables), method, call.output.shape, layout.inputs)
+            return into_next(kernel, bias, normalizer, **how)
+
+        _require_depth(variables, shapes, depth, program.name(t))
+        new.append(_stacked(take, depth)(variables, *arrays))
     return takers, new, left
 
 
-def _normalizer(edit, call, norm_inputs):
-    """The method of a norm and its affine map; ValueError if it has none in evaluation."""
-    method, params, state = edit.norm(call)
+def _shapes(method, call):
+    """Shapes of the variables of a norm: more axes are those of layers that are stacked."""
+    features = feature_sizes(method, call.output.shape)
+    return jax.eval_shape(lambda: method.init(jax.random.key(0), features))
+
+
+def _evaluation(method, shapes, norm_inputs):
+    """The affine map of a norm as a function of its variables; ValueError if it has none."""
     if not hasattr(method, "evaluation"):
         raise ValueError(f"{type(method).__name__} is no affine map in evaluation")
     names = traits(method).inputs.keys() & {"branch", "condition"}
     given = {name: norm_inputs.get(name) for name in names}
-    return method, method.evaluation(params, state, **given)
+    evaluation = functools.partial(method.evaluation, **given)
+    jax.eval_shape(evaluation, *shapes)
+    return evaluation
 
 
-def _affine_last(edit, call):
-    """The method of a norm, and its scale and bias, where these come last."""
-    method, params, _ = edit.norm(call)
+def _affine_last(method, variables, call):
+    """Scale and bias of a norm, which come last in it, as a function of its variables."""
     if call.kwargs.get("gate") is not None:
         raise ValueError("its gate lies behind scale and bias")
-    if params.scale is None and params.bias is None:
+    if variables[0].scale is None and variables[0].bias is None:
         raise ValueError(f"{type(method).__name__} has neither scale nor bias")
-    scale = params.scale
-    if scale is not None:
-        scale = scale.astype(passes.wide(scale.dtype)) + getattr(method, "scale_offset", 0)
-    return method, Normalizer(scale=scale, bias=getattr(params, "bias", None))
+
+    def evaluation(params, _):
+        scale = params.scale
+        if scale is not None:
+            scale = scale.astype(passes.wide(scale.dtype)) + getattr(method, "scale_offset", 0)
+        return Normalizer(scale=scale, bias=params.bias)
+
+    return evaluation
+
+
+def _stacked(take, depth):
+    """`take` for variables that layers of `scan` or `vmap` have stacked `depth` times on axis 0."""
+    return take if depth == 0 else jax.vmap(_stacked(take, depth - 1))
+
+
+def _require_depth(variables, shapes, depth, name):
+    """ValueError unless the variables of a norm are stacked as those of the layer `name`."""
+    leaves = lambda tree: jax.tree.leaves(tree, is_leaf=lambda a: a is None)
+    pairs = zip(leaves(tuple(variables)), leaves(shapes), strict=True)
+    if any(a is not None and a.ndim != b.ndim + depth for a, b in pairs):
+        raise ValueError(f"its variables are not stacked as those of {name}")
 
 
 def _left(method):

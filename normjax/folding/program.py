@@ -99,7 +99,7 @@ class Program:
     calls: dict[int, modules.Visit]
     producers: dict[int, int]  # of a call, that whose output it takes
     takers: dict[int, list[int | None]]  # those that take the output of a call; None: anything else
-    repeated: set[int]  # calls in loops, and in programs that JAX keeps and calls again
+    repeated: set[int]  # calls in programs that JAX keeps and runs again
     uses: dict[tuple[str, ...], int]  # how often the program uses a variable
 
     @classmethod
@@ -119,14 +119,14 @@ class Program:
         run, variables, arrays = modules.intercept(model, mark, *args, **kwargs)
         program = jax.make_jaxpr(run)(variables, arrays).jaxpr
         found = cls({}, {}, {}, set(), {})
-        found._read(program, False)
+        found._read(program)
         found.calls = {i: calls[i] for i in sorted(found.takers)}
         names, counts = paths.flatten(variables)[0], _uses(program)
         found.uses = {path: counts[v] for path, v in zip(names, program.invars, strict=False)}
         return found
 
-    def _read(self, program, loop):
-        """Notes the marks of a program, which may be a loop's, and of those inside of it."""
+    def _read(self, program):
+        """Notes the marks of a program and of those inside of it."""
         users = collections.defaultdict(list)
         for eqn in program.eqns:
             for v in eqn.invars:
@@ -138,11 +138,11 @@ class Program:
         for eqn in program.eqns:
             i = _mark(eqn, "gives")
             if i is not None:
-                self.repeated |= {i} if loop or i in self.takers else set()
+                self.repeated |= {i} if i in self.takers else set()
                 self.takers[i] = users[eqn.outvars[0]]
                 self.producers |= {j: i for j in self.takers[i] if j is not None}
             for inner in _inside(eqn):
-                self._read(inner, loop or eqn.primitive.name in ("scan", "while"))
+                self._read(inner)
 
     def name(self, i):
         return "/".join(map(str, self.calls[i].path))
@@ -169,11 +169,12 @@ class Program:
     def layout(self, i):
         """The layout of a call of a layer; None for one of a norm, or if it is not simple."""
         call = self.calls[i]
-        layout, plain = _layout(call.module), len(call.args) == 1 and not call.kwargs
+        layout = _layout(call.module)
+        plain = len(call.args) == 1 and call.kwargs.keys() <= {"out_sharding"}
         return layout(call.module, call.args[0], call.output) if layout and plain else None
 
     def layer(self, i, edit):
-        """Layout, kernel and bias of a layer; ValueError if they cannot take a norm."""
+        """Layout, how often stacked, kernel and bias of a layer; ValueError if it takes no norm."""
         call, name = self.calls[i], self.name(i)
         self._require_once(i)
         layout: Any = self.layout(i)
@@ -183,13 +184,14 @@ class Program:
             if self.uses.get(edit.leaf(call, leaf), leaf == "bias") != 1:
                 raise ValueError(f"something else uses the {leaf} of {name} too")
         kernel, bias = edit.layer(call)
-        x, y = call.args[0], call.output
-        sizes = [(kernel.shape[k] * layout.groups, x.shape[n]) for n, k in layout.inputs.items()]
-        sizes += [(kernel.shape[k], y.shape[n]) for n, k in layout.outputs.items()]
-        if kernel.ndim != layout.rank or any(a != b for a, b in sizes):
+        x, y, depth = call.args[0], call.output, kernel.ndim - layout.rank
+        own = kernel.shape[max(depth, 0) :]
+        sizes = [(own[k] * layout.groups, x.shape[n]) for n, k in layout.inputs.items()]
+        sizes += [(own[k], y.shape[n]) for n, k in layout.outputs.items()]
+        if depth < 0 or any(a != b for a, b in sizes):
             shapes = f"{kernel.shape} for an input of shape {x.shape}"
-            raise ValueError(f"{name} is one of several layers whose kernels are stacked: {shapes}")
-        return layout, kernel, bias
+            raise ValueError(f"the kernel of {name} is not stacked on axis 0, or divided: {shapes}")
+        return layout, depth, kernel, bias
 
     def _require_once(self, i):
         path = self.calls[i].path
@@ -197,7 +199,7 @@ class Program:
         if times > 1:
             raise ValueError(f"{self.name(i)} is called {times} times")
         if i in self.repeated:
-            raise ValueError(f"{self.name(i)} runs in a loop, or in a `jit` that others run too")
+            raise ValueError(f"{self.name(i)} runs in a `jit` that others run too")
 
 
 MARK = "normjax.folding "
