@@ -312,6 +312,10 @@ class Cases(nn.Module):
             norm = norms.BatchNorm(axis=axis, activation=activation, **how)
         mask = jnp.ones((1, 4, 4)) if self.case == "mask" else None
         layer = nn.Conv(4, (1,), mask=mask, name="layer")
+        if self.case == "masked":
+            return norm(layer(x), mask=x > 0)
+        if self.case == "by name":
+            return norm(x=layer(x))
         if self.case == "two consumers":
             y = layer(x)
             return norm(y) + y
@@ -347,6 +351,8 @@ class Cases(nn.Module):
         ("weight norm", "in front: something else uses the kernel of"),
         ("other axis", r"in front: its features lie on axes \(1,\), those of the layer on \(2,\)"),
         ("mask", "in front: layer has a mask of its kernel"),
+        ("masked", "it gets a mask"),
+        ("by name", "its input is given by name"),
         ("training", "it is called for training, with statistics of the batch"),
         ("own statistics", "in front: GroupNorm: x=None, but evaluation takes statistics of x"),
         ("spectral", "SpectralBatchNorm: evaluation is no affine map of each channel"),

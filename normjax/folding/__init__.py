@@ -92,8 +92,9 @@ def fold(
     kernel, is read from the program that JAX makes of the model. Layers that `scan` or `vmap` stack
     on axis 0 are folded like others.
 
-    Norms are those of normjax, and must evaluate (NNX: `model.eval()`); of a `chain`, make modules
-    of their own. Masks of evaluation are dropped: they only change the output where masked.
+    Norms are those of normjax, and must evaluate (NNX: `model.eval()`). Those that get a mask, and
+    set their input to zero there, are left; a folded one takes a mask and does not use it. Of a
+    `chain`, make modules of their own.
 
     Args:
       model: a model of Linen or NNX; it stays as it is.
@@ -198,7 +199,7 @@ def _previous(program, edit, i, norm_inputs):
     call = program.norm(i)
     method, *variables = edit.norm(call)
     shapes = _shapes(method, call)
-    evaluation = _evaluation(method, shapes, norm_inputs)
+    evaluation = _evaluation(method, shapes, call, norm_inputs)
     p = program.producers.get(i)
     if p is None or program.layout(p) is None:
         raise ValueError("its input is not the output of a dense or convolutional layer")
@@ -225,7 +226,7 @@ def _next(program, edit, i, norm_inputs):
         evaluation, left = _affine_last(method, variables, call), None
         activation = getattr(method, "activation", None)
     else:
-        evaluation, left = _evaluation(method, shapes, norm_inputs), _left(method)
+        evaluation, left = _evaluation(method, shapes, call, norm_inputs), _left(method)
         activation = left[0]
     if activation is not None:
         raise ValueError("its activation lies in front of what takes its output")
@@ -253,10 +254,12 @@ def _shapes(method, call):
     return jax.eval_shape(lambda: method.init(jax.random.key(0), features))
 
 
-def _evaluation(method, shapes, norm_inputs):
+def _evaluation(method, shapes, call, norm_inputs):
     """The affine map of a norm as a function of its variables; ValueError if it has none."""
     if not hasattr(method, "evaluation"):
         raise ValueError(f"{type(method).__name__} is no affine map in evaluation")
+    if call.kwargs.get("mask") is not None:
+        raise ValueError("it gets a mask, where it sets its input to zero: call the model without")
     names = traits(method).inputs.keys() & {"branch", "condition"}
     given = {name: norm_inputs.get(name) for name in names}
     evaluation = functools.partial(method.evaluation, **given)

@@ -161,6 +161,8 @@ class Program:
         """The call of a norm; ValueError if it cannot be folded for how it is called."""
         call = self.calls[i]
         self._require_once(i)
+        if not call.args:
+            raise ValueError("its input is given by name")
         said = call.kwargs.get("use_running_average", call.args[1] if call.args[1:] else None)
         if traits(self.method(i)).trains and not _evaluates(call.module, said):
             raise ValueError("it is called for training, with statistics of the batch")
