@@ -22,7 +22,7 @@ from normjax.core.fields import Configuration
 from normjax.core.method import observes, of_statistics, traits
 from normjax.core.statistics import whole
 from normjax.core.structs import to_dict
-from normjax.core.tracing import without_initializers
+from normjax.core.tracing import as_written, without_initializers
 
 NOTE = """
     As an NNX module (`normjax.nnx`) it takes `num_features` first, these fields,
@@ -117,13 +117,18 @@ class Norm(nnx.Module):
         params, state = self.unpack()
         key = self.rngs() if not evaluate and traits(self.method).random else None
         how = dict(train=not evaluate, mask=mask, key=key, **inputs)
-        y, state = self.method.apply(params, state, x, **how)
-        moved = {} if evaluate else flatten_dict(to_dict(state))
-        for path, value in moved.items():
+        wanted = Seen in map(type, getattr(self, "__captures__", ())) and observes(self.method)
+
+        def run():
+            y, moved = self.method.apply(params, state, x, **how)
+            seen = wanted and self.method.observe(x, mask, **of_statistics(inputs))
+            return y, (moved, seen and whole(seen))
+
+        y, (moved, seen) = as_written(run, x)
+        for path, value in ({} if evaluate else flatten_dict(to_dict(moved))).items():
             self._variable(path).set_value(jax.lax.stop_gradient(value))
-        if Seen in map(type, getattr(self, "__captures__", ())) and observes(self.method):
-            seen = self.method.observe(x, mask, **of_statistics(inputs))
-            self.sow(Seen, "seen", whole(seen))
+        if seen:
+            self.sow(Seen, "seen", seen)
         return y
 
     def unpack(self) -> tuple[Any, Any]:

@@ -131,6 +131,10 @@ def third_party(name):
         dependencies = ["jax", "numpy"]
     elif is_testing(name):
         dependencies = ["jax", "numpy", "chex"]
+    elif name == "normjax.interop":
+        dependencies = [*dependencies, "safetensors"]
+    elif name == "normjax.training.checkpoints":
+        dependencies = [*dependencies, "orbax"]
     elif name.startswith("normjax.analysis."):
         dependencies = [*dependencies, "matplotlib"]
     return sys.stdlib_module_names | {re.match(r"[\w.-]+", text)[0] for text in dependencies}
