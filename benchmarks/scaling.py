@@ -212,6 +212,7 @@ def run_small(layout: str, arm: str, number: int) -> tuple[Any, dict[str, Any]]:
         batch = training.shard_batch(batch, mesh)
         program = program or step.lower(state, batch).compile()
         state, _ = program(state, batch)
+    assert program is not None
     sent = traffic.count(program.as_text()).collectives
     return jax.device_get((state.params, state.statistics)), sent
 

@@ -58,6 +58,9 @@ AFFINE, DYNAMIC, NOISE, KALMAN = (
 DERF = "normjax/methods/derf.py"
 RUNNING_NORM = "normjax/methods/running_norm.py"
 LINEN, CARRY = (f"normjax/linen/{name}.py" for name in ("__init__", "carry"))
+FOLDED, FOLDED_ARRAYS, FOLDED_MODELS, FOLDED_PROGRAM = (
+    f"normjax/folding/{name}.py" for name in ("__init__", "arrays", "models", "program")
+)
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
 BALANCE, WHITENESS = (f"normjax/analysis/{name}.py" for name in ("balance", "whitening"))
 MATRICES, ROOTS = (f"normjax/core/{name}.py" for name in ("matrices", "roots"))
@@ -1617,9 +1620,67 @@ OF_POPULATIONS = {
     ),
 }
 
+OF_FOLDING = {
+    "a mean folded without the slope": Mutant(
+        FOLDED_ARRAYS,
+        "b = (b - mean) * slope + shift",
+        "b = b * slope - mean + shift",
+        some("test_folding.py", "takes_the_norm_behind_it"),
+    ),
+    "a matrix in front of a layer transposed": Mutant(
+        FOLDED_ARRAYS,
+        "folded = matrices.times(k, of.matrix, (at",
+        "folded = matrices.times(k, of.matrix.mT, (at",
+        some("test_folding.py", "blocks_of_whitening"),
+    ),
+    "the bias of a layer folded twice": Mutant(
+        FOLDED_ARRAYS,
+        "total = k * passes.lift(shift, at, k.ndim)",
+        "total = folded * passes.lift(shift, at, k.ndim)",
+        some("test_folding.py", "takes_the_norm_in_front_of_it"),
+    ),
+    "zeros between positions forgotten": Mutant(
+        FOLDED_PROGRAM,
+        "pads or spreads)",
+        "pads)",
+        some("test_folding.py", "takes_the_norm_in_front_of_it"),
+    ),
+    "other takers of an output forgotten": Mutant(
+        FOLDED,
+        "if program.takers[p] != [i]:",
+        "if i not in program.takers[p]:",
+        some("test_folding.py", "not_folded_and_why"),
+    ),
+    "other uses of a kernel forgotten": Mutant(
+        FOLDED_PROGRAM,
+        'if self.uses.get(edit.leaf(call, leaf), leaf == "bias") != 1:',
+        "if False:",
+        some("test_folding.py", "not_folded_and_why"),
+    ),
+    "the activation of a folded norm dropped": Mutant(
+        FOLDED,
+        "return method.epilogue(), method.dtype",
+        "return None, method.dtype",
+        some("test_folding.py", "resnet_of_linen"),
+    ),
+    "offset of a scale forgotten": Mutant(
+        FOLDED,
+        'scale = scale.astype(passes.wide(scale.dtype)) + getattr(method, "scale_offset", 0)',
+        "scale = scale.astype(passes.wide(scale.dtype))",
+        some("test_folding.py", "attention_and_mlp"),
+    ),
+    "a folded model at another path": Mutant(
+        FOLDED_MODELS,
+        "path = module.path[len(self.path) :]",
+        "path = module.path",
+        some("test_folding.py", "is_a_module"),
+    ),
+}
+
 MUTANTS = {
     **OF_ANALYSIS,
     **OF_POPULATIONS,
+    **OF_FOLDING,
     **OF_WHITENING,
     **OF_WEIGHTS,
     **OF_SEGMENTS,

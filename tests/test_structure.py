@@ -44,11 +44,12 @@ LAYERS = [
     ["linen", "nnx", "optim", "testing"],
     ["testing.__init__"],
     ["modules", "observers"],
-    ["population", "folding", "interop"],
+    ["folding"],
+    ["population", "folding.__init__", "interop"],
     ["training.placement", "training.memory", "training.models"],
     ["linen.carry"],
     ["training"],
-    ["training.microbatches"],
+    ["training.microbatches", "training.checkpoints"],
     ["training.__init__"],
     ["analysis.layers", "analysis.figures"],
     ["analysis"],
@@ -192,7 +193,7 @@ def test_import_normjax_brings_no_framework():
 def public_modules():
     """The package, its front ends and tools; of `propagate` and the like the package alone."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
-    hidden = re.compile(r"normjax\.(core|methods|paths|(propagate|testing|training)\.)")
+    hidden = re.compile(r"normjax\.(core|methods|paths|(folding|propagate|testing|training)\.)")
     return sorted(name for name in names if not hidden.match(name))
 
 

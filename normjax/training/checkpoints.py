@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from normjax.interop import check_configuration
 from normjax.paths import flatten
@@ -83,30 +84,44 @@ def restore(
         raise FileNotFoundError(f"restore: {manager.directory} has no checkpoint of step {step}.")
     only = args.Composite(configuration=args.JsonRestore())
     check_configuration(manager.restore(step, args=only)["configuration"], configuration)
-    _check(manager.item_metadata(step)["state"], like)
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like
     )
     only = args.Composite(state=args.StandardRestore(shapes))
-    return manager.restore(step, args=only)["state"]
+    try:
+        return manager.restore(step, args=only)["state"]
+    finally:  # orbax knows how to read what a checkpoint has when it has been asked for it
+        _check(manager.item_metadata(step)["state"].tree, like)
 
 
 def _check(saved, like):
     """ValueError where the leaves of a checkpoint are not those of `like`."""
-    (saved, kinds), (wanted, leaves) = (flatten(tree)[:2] for tree in (saved, like))
-    saved = dict(zip(saved, kinds, strict=True))
-    wanted = dict(zip(wanted, leaves, strict=True))
-    lines = [f"lacks {'/'.join(path)}" for path in wanted.keys() - saved.keys()]
-    lines += [f"has {'/'.join(path)} besides" for path in saved.keys() - wanted.keys()]
-    for path in wanted.keys() & saved.keys():
-        kind = tuple(saved[path].shape or ()), str(saved[path].dtype)
-        if kind != (wanted[path].shape, str(wanted[path].dtype)):
-            lines.append(f"has {'/'.join(path)} as {kind[1]}{list(kind[0])}")
+    found, wanted = _kinds(saved), _kinds(jax.eval_shape(lambda: jax.tree.map(_numbers, like)))
+    text = lambda path: "/".join(path)
+    lines = [f"lacks {text(path)}" for path in wanted.keys() - found.keys()]
+    lines += [f"has {text(path)} besides" for path in found.keys() - wanted.keys()]
+    lines += [
+        f"has {text(path)} as {found[path]}, not {wanted[path]}"
+        for path in wanted.keys() & found.keys()
+        if found[path] != wanted[path]
+    ]
     if lines:
-        raise ValueError(
-            "restore: the checkpoint is of another model or optimizer. It "
-            + ";\n  it ".join(sorted(lines))
-        )
+        lines = ";\n  it ".join(sorted(lines))
+        raise ValueError(f"restore: the checkpoint is of another model or optimizer. It {lines}.")
+
+
+def _kinds(tree):
+    """Dtypes and shapes of leaves by path; orbax writes variables of NNX with their `value`."""
+    paths, leaves, _ = flatten(tree)
+    last = lambda path: path[:-1] if path[-1] == "value" else path
+    pairs = zip(paths, leaves, strict=True)
+    return {last(path): f"{a.dtype}{list(a.shape)}" for path, a in pairs}
+
+
+def _numbers(a):
+    """The numbers that a key is, which are what is written."""
+    is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(jnp.empty(a.shape, a.dtype)) if is_key else a
 
 
 def _orbax():

@@ -33,7 +33,7 @@ from normjax.core import checks, groups, running
 from normjax.core.sharding import place, spec
 from normjax.core.structs import several
 from normjax.observers import merge, merge_stacked, observer
-from normjax.training.models import SHARED, Device, own_streams
+from normjax.training.models import Device, own_streams, stream_keys
 from normjax.training.steps import Loss, Metrics, measure
 
 __all__ = ["accumulate", "statistics_accumulator"]
@@ -105,7 +105,8 @@ def _gradient(model, loss, how, state, batch, device=None):
 
     def part(carry, each):
         (total, now), (number, batch) = carry, each
-        rngs = None if key is None else _keys(key, number, streams, device)
+        ours = None if key is None else jax.random.fold_in(key, number)
+        rngs = None if ours is None else stream_keys(ours, streams, device)
         given = device.own(state.params), now, batch, rngs
         more, (sums, variables, seen) = jax.grad(objective, has_aux=True)(*given)
         total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
@@ -145,13 +146,6 @@ def _parting(model):
         return nnx.merge_state, lambda variables: nnx.split_state(variables, nnx.Param, ...)[1]
     join = lambda params, rest: {"params": params, **rest}
     return join, lambda variables: {k: a for k, a in variables.items() if k != "params"}
-
-
-def _keys(key, number, streams, device):
-    """The keys of Linen's streams for a part."""
-    keys = jax.random.split(jax.random.fold_in(key, number), 1 + len(streams))
-    named = zip((SHARED, *streams), keys, strict=True)
-    return {name: one if name == SHARED else device.fold(one) for name, one in named}
 
 
 def _divide(batch, parts, device):

@@ -129,6 +129,13 @@ def opener(name: str, model: Any, streams: tuple[str, ...]) -> Callable[..., Ope
     raise TypeError(f"{name}: {model!r} is not a module of flax.linen or flax.nnx.")
 
 
+def stream_keys(key: jax.Array, streams: tuple[str, ...], device: Device) -> dict[str, jax.Array]:
+    """Keys of Linen's streams: of the device's own, but that for the global batch."""
+    keys = jax.random.split(key, 1 + len(streams))
+    named = zip((SHARED, *streams), keys, strict=True)
+    return {name: one if name == SHARED else device.fold(one) for name, one in named}
+
+
 def _open_linen(model, streams, params, statistics, key, train, device):
     calls, now = 0, statistics
 
@@ -136,10 +143,7 @@ def _open_linen(model, streams, params, statistics, key, train, device):
         nonlocal calls, now
         rngs = {}
         if train:
-            names = (SHARED, *streams)
-            keys = jax.random.split(jax.random.fold_in(key, calls), len(names))
-            pairs = zip(names, keys, strict=True)
-            rngs = {name: k if name == SHARED else device.fold(k) for name, k in pairs}
+            rngs = stream_keys(jax.random.fold_in(key, calls), streams, device)
         calls += 1
         how = dict(rngs=rngs, mutable=list(now) if train else False)
         found = model.apply({"params": params, **now}, *args, **how, **kwargs)
