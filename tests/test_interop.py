@@ -412,6 +412,8 @@ def test_dtypes_and_shardings_are_those_of_the_target():
     like = {"bn.weight": jax.ShapeDtypeStruct((8,), "bfloat16")}
     back = interop.Exchange("torch").from_flax({"bn": {"scale": made}}, like)
     assert back["bn.weight"].dtype == jnp.bfloat16
+    wide = interop.Exchange("torch").to_flax(back, {"bn": {"scale": np.ones(8, np.float32)}})
+    np.testing.assert_array_equal(wide["bn"]["scale"], np.asarray(made, np.float32))
 
 
 CHAIN = nj.chain(nj.RMSNorm(param_dtype="bfloat16"), nj.Affine(use_scale=False))
