@@ -22,7 +22,7 @@ import normjax.linen
 import normjax.nnx
 from normjax import modules
 from normjax.core import checks
-from normjax.core.paths import flatten, matches
+from normjax.paths import flatten, matches
 
 __all__ = [
     "Exchange",

@@ -114,6 +114,9 @@ class Norm(nnx.Module):
             raise TypeError(f"{type(self).__name__}: use_running_average={said!r} {hint}")
         hint = "use_running_average was given neither at construction nor at the call."
         evaluate = first_from(said, field, error_msg=f"{type(self).__name__}: {hint}")
+        return self._normalize(x, evaluate, mask, inputs)
+
+    def _normalize(self, x, evaluate, mask, inputs):
         params, state = self.unpack()
         key = self.rngs() if not evaluate and traits(self.method).random else None
         how = dict(train=not evaluate, mask=mask, key=key, **inputs)
@@ -125,8 +128,8 @@ class Norm(nnx.Module):
             return y, (moved, seen and whole(seen))
 
         y, (moved, seen) = as_written(run, x)
-        for path, value in ({} if evaluate else flatten_dict(to_dict(moved))).items():
-            self._variable(path).set_value(jax.lax.stop_gradient(value))
+        if not evaluate:
+            self.pack(moved)
         if seen:
             self.sow(Seen, "seen", seen)
         return y
@@ -135,6 +138,11 @@ class Norm(nnx.Module):
         """Parameters and state of the method, as the variables are now."""
         params, state = jax.tree.unflatten(self._structure, range(self._structure.num_leaves))
         return self._values(params), self._values(state)
+
+    def pack(self, state: Any) -> None:
+        """Sets the running statistics to those of a state of the method."""
+        for path, value in flatten_dict(to_dict(state)).items():
+            self._variable(path).set_value(jax.lax.stop_gradient(value))
 
     def set_view(self, use_running_average: bool | None = None):
         """Used by `nnx.view`.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from normjax.core import checks
-from normjax.core.paths import flatten, matches
+from normjax.paths import flatten, is_masked, matches
 
 LABELS = ("norm_scale", "norm_bias", "bias", "kernel", "embedding", "other")
 DECAYED = ("kernel", "embedding")
@@ -30,6 +30,13 @@ __all__ = [
     "label_parameters",
     "scale_learning_rate",
 ]
+
+
+def _named(name, paths, patterns):
+    """Indices of the paths that a pattern matches; ValueError, by `name`, without patterns."""
+    if not patterns:
+        raise ValueError(f"{name}: no patterns are given, such as 'stem' or '*/norm_?'.")
+    return matches(name, paths, patterns)
 
 
 def label_parameters(params: Any, overrides: Mapping[str, str] | None = None) -> Any:
@@ -52,17 +59,17 @@ def label_parameters(params: Any, overrides: Mapping[str, str] | None = None) ->
       >>> [list(label.values()) for label in normjax.optim.label_parameters(params).values()]
       [['bias', 'kernel'], ['norm_bias', 'norm_scale'], ['other'], ['bias', 'kernel']]
     """
-    paths, leaves, structure = _flatten(params)
+    paths, leaves, structure = flatten(params)
     siblings = collections.defaultdict(set)
     for path in paths:
         siblings[path[:-1]].add(path[-1])
     labels = [_label(path[-1], siblings[path[:-1]]) for path in paths]
     for pattern, label in (overrides or {}).items():
         checks.require("label_parameters", "overrides", label, IS_LABEL)
-        for i in _matches("label_parameters", paths, [pattern]):
+        for i in matches("label_parameters", paths, [pattern]):
             labels[i] = label
     pairs = zip(leaves, labels, strict=True)
-    return structure.unflatten(leaf if _is_masked(leaf) else label for leaf, label in pairs)
+    return structure.unflatten(leaf if is_masked(leaf) else label for leaf, label in pairs)
 
 
 def _label(name, siblings):
@@ -147,8 +154,8 @@ def freeze(*patterns: str) -> optax.GradientTransformation:
     """
 
     def named(params):
-        paths, leaves, structure = _flatten(params)
-        found = _matches("freeze", paths, patterns)
+        paths, leaves, structure = flatten(params)
+        found = _named("freeze", paths, patterns)
         return structure.unflatten(i in found for i in range(len(leaves)))
 
     return optax.masked(optax.set_to_zero(), named)
@@ -169,14 +176,14 @@ def keep_statistics(new: Any, old: Any, *patterns: str) -> Any:
       >>> optim.keep_statistics(new, old, "stem")
       {'head': {'mean': 1.0}, 'stem': {'mean': 0.0}}
     """
-    paths, leaves, structure = _flatten(new)
-    old_paths, old_leaves, _ = _flatten(old)
+    paths, leaves, structure = flatten(new)
+    old_paths, old_leaves, _ = flatten(old)
     if paths != old_paths:
         different = ["/".join(path) for path in set(paths) ^ set(old_paths)]
         raise ValueError(
             f"keep_statistics: the new and the old statistics differ in {', '.join(different)}."
         )
-    for i in _matches("keep_statistics", paths, patterns):
+    for i in _named("keep_statistics", paths, patterns):
         leaves[i] = old_leaves[i]
     return structure.unflatten(leaves)
 
@@ -245,21 +252,5 @@ def effective_learning_rates(
     ones = jax.tree.map(jnp.ones_like, params)
     less = jax.tree.map(jnp.negative, ones)
     _, slopes = jax.jvp(lambda g: optimizer.update(g, state, params)[0], (ones,), (less,))
-    paths, leaves, _ = _flatten(slopes)
+    paths, leaves, _ = flatten(slopes)
     return {"/".join(p): float(jnp.mean(leaf)) for p, leaf in zip(paths, leaves, strict=True)}
-
-
-def _flatten(tree):
-    """Paths as tuples of names, leaves and structure; a masked part counts as one leaf."""
-    return flatten(tree, is_leaf=_is_masked)
-
-
-def _is_masked(leaf):
-    return isinstance(leaf, optax.MaskedNode)
-
-
-def _matches(name, paths, patterns):
-    """Indices of the paths that a pattern matches; ValueError without patterns."""
-    if not patterns:
-        raise ValueError(f"{name}: no patterns are given, such as 'stem' or '*/norm_?'.")
-    return matches(name, paths, patterns)

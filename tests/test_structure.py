@@ -19,7 +19,7 @@ PACKAGE = ROOT / "normjax"
 
 # A module may import only from the layers listed before its own; a folder stands for its files.
 LAYERS = [
-    ["core.structs", "core.compat", "core.paths"],
+    ["core.structs", "core.compat"],
     ["core.checks", "core.sharding"],
     ["core.gpu", "core.groups"],
     ["core.cpu", "core.method", "core.statistics"],
@@ -40,11 +40,16 @@ LAYERS = [
     ["methods.__init__"],
     ["__init__"],
     ["testing.measure", "testing.subject"],
+    ["paths"],
     ["linen", "nnx", "optim", "testing"],
     ["testing.__init__"],
-    ["modules"],
+    ["modules", "observers"],
     ["population", "folding", "interop"],
-    ["training", "linen.carry"],
+    ["training.placement", "training.memory", "training.models"],
+    ["linen.carry"],
+    ["training"],
+    ["training.microbatches", "training.checkpoints"],
+    ["training.__init__"],
     ["analysis.layers", "analysis.figures"],
     ["analysis"],
     ["analysis.__init__"],
@@ -128,6 +133,8 @@ def third_party(name):
         dependencies = ["jax", "numpy", "chex"]
     elif name == "normjax.interop":
         dependencies = [*dependencies, "safetensors"]
+    elif name == "normjax.training.checkpoints":
+        dependencies = [*dependencies, "orbax"]
     elif name.startswith("normjax.analysis."):
         dependencies = [*dependencies, "matplotlib"]
     return sys.stdlib_module_names | {re.match(r"[\w.-]+", text)[0] for text in dependencies}
@@ -183,9 +190,9 @@ def test_import_normjax_brings_no_framework():
 
 
 def public_modules():
-    """The package, its front ends and tools; of `propagate` and `testing` the package alone."""
+    """The package, its front ends and tools; of `propagate` and the like the package alone."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
-    hidden = re.compile(r"normjax\.(core|methods|(propagate|testing)\.)")
+    hidden = re.compile(r"normjax\.(core|methods|paths|(propagate|testing|training)\.)")
     return sorted(name for name in names if not hidden.match(name))
 
 
