@@ -601,6 +601,8 @@ def _as_json(value):
     if isinstance(value, functools.partial):
         parts = (value.func, list(value.args), list(value.keywords.items()))
         return [_as_json(v) for v in parts]
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(v) for name, v in value.items()}
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, bool | int | float | str):
@@ -615,14 +617,12 @@ def _differences(saved, current):
             yield f"{path}: a norm of the {'checkpoint' if path in saved else 'model'} alone"
             continue
         old, new = dict(_fields(saved[path])), dict(_fields(current[path]))
-        for field in dict.fromkeys((*old, *new)):
-            if old.get(field, "absent") != new.get(field, "absent"):
-                values = (
-                    f"{_text(old, field)} in the checkpoint and {_text(new, field)} in the model"
-                )
-                yield f"{path}: {field} is {values}"
-                if field == "class":
-                    break
+        unlike = [f for f in dict.fromkeys((*old, *new)) if _text(old, f) != _text(new, f)]
+        other = [f.removesuffix("class") for f in unlike if f.split("/")[-1] == "class"]
+        for field in unlike:  # of another class the class alone
+            if not any(field.startswith(start) and field != f"{start}class" for start in other):
+                values = f"{_text(old, field)} in the checkpoint and {_text(new, field)}"
+                yield f"{path}: {field} is {values} in the model"
 
 
 def _text(fields, name):

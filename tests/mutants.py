@@ -62,6 +62,7 @@ FOLDED, FOLDED_ARRAYS, FOLDED_MODELS, FOLDED_PROGRAM = (
     f"normjax/folding/{name}.py" for name in ("__init__", "arrays", "models", "program")
 )
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
+INTEROP = "normjax/interop.py"
 BALANCE, WHITENESS = (f"normjax/analysis/{name}.py" for name in ("balance", "whitening"))
 MATRICES, ROOTS = (f"normjax/core/{name}.py" for name in ("matrices", "roots"))
 WHITENING = "normjax/methods/whitening.py"
@@ -1677,10 +1678,62 @@ OF_FOLDING = {
     ),
 }
 
+OF_INTEROP = {
+    "kernels of transposed convolutions flipped the other way": Mutant(
+        INTEROP,
+        "transposed and rules.flips != whole",
+        "transposed and rules.flips == whole",
+        some("test_interop.py", "transposed_convolutions"),
+    ),
+    "running variances converted the wrong way": Mutant(
+        INTEROP,
+        "int(ours) - int(LIBRARIES[self.library].unbiased)",
+        "int(LIBRARIES[self.library].unbiased) - int(ours)",
+        some("test_interop.py", "running_variances"),
+    ),
+    "offsets of scales added up": Mutant(
+        INTEROP,
+        "return self.scale_offset - getattr(",
+        "return self.scale_offset + getattr(",
+        some("test_interop.py", "scales_around_zero"),
+    ),
+    "leaves without an array": Mutant(
+        INTEROP,
+        "for i, path in enumerate(paths) if i not in taken]",
+        "for i, path in enumerate(paths) if i < 0]",
+        some("test_interop.py", "is_listed"),
+    ),
+    "an array for two leaves": Mutant(
+        INTEROP,
+        "taken.add(j)",
+        "pass",
+        some("test_interop.py", "is_listed"),
+    ),
+    "dtypes of the arrays": Mutant(
+        INTEROP,
+        "a = np.asarray(a).astype(like.dtype)",
+        "a = np.asarray(a)",
+        some("test_interop.py", "dtypes_and_shardings"),
+    ),
+    "hidden averages debiased": Mutant(
+        INTEROP,
+        "average * -math.expm1(",
+        "average / -math.expm1(",
+        some("test_interop.py", "averages_of_haiku"),
+    ),
+    "fields of methods inside of methods are not compared": Mutant(
+        INTEROP,
+        "elif isinstance(value, list) and value:",
+        "elif isinstance(value, dict) and value:",
+        some("test_interop.py", "configuration_of_norms"),
+    ),
+}
+
 MUTANTS = {
     **OF_ANALYSIS,
     **OF_POPULATIONS,
     **OF_FOLDING,
+    **OF_INTEROP,
     **OF_WHITENING,
     **OF_WEIGHTS,
     **OF_SEGMENTS,

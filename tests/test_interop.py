@@ -412,6 +412,8 @@ def test_dtypes_and_shardings_are_those_of_the_target():
     like = {"bn.weight": jax.ShapeDtypeStruct((8,), "bfloat16")}
     back = interop.Exchange("torch").from_flax({"bn": {"scale": made}}, like)
     assert back["bn.weight"].dtype == jnp.bfloat16
+    wide = interop.Exchange("torch").to_flax(back, {"bn": {"scale": np.ones(8, np.float32)}})
+    np.testing.assert_array_equal(wide["bn"]["scale"], np.asarray(made, np.float32))
 
 
 CHAIN = nj.chain(nj.RMSNorm(param_dtype="bfloat16"), nj.Affine(use_scale=False))
@@ -454,8 +456,10 @@ def test_the_configuration_of_norms_is_json_and_is_compared():
     assert "  norm: epsilon is 0.001 in the checkpoint and 1e-05 in the model" in lines
     assert "  chain: methods/1/class is Derf in the checkpoint and Affine in the model" in lines
     assert "  head: a norm of the checkpoint alone" in lines
+    assert sum("chain" in line for line in lines) == 1  # not the fields of another class
     other = {"norm": interop.configuration(nnx_norms.RMSNorm(4, rngs=nnx.Rngs(0)))[""]}
-    with pytest.raises(ValueError, match="class is BatchNorm in the checkpoint and RMSNorm in"):
+    alone = r"model:\n  norm: class is BatchNorm in .* RMSNorm .*\nGive"
+    with pytest.raises(ValueError, match=alone):
         interop.check_configuration({"norm": current["norm"]}, other)
 
 
