@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 from flax.typing import PathParts
 
@@ -62,8 +63,13 @@ def visit(model: linen.Module | nnx.Module, *args: Any, **kwargs: Any) -> list[V
         return output
 
     run, *inputs = intercept(model, note, *args, **kwargs)
-    jax.eval_shape(run, *inputs)
+    jax.eval_shape(run, *jax.tree.map(_shape, inputs))
     return calls
+
+
+def _shape(a):
+    """An array without its numbers, and without its place on a mesh, which says nothing here."""
+    return jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a))
 
 
 def intercept(
