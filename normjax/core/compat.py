@@ -164,15 +164,12 @@ def is_costly(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def factors(primitive: Any, *operands: Any, **params: Any) -> int:
-    """How many products make a number of a convolution, or of a matrix product without batch axes.
-
-    0 for other primitives, and for those that JAX describes in another way.
-    """
-    numbers = params.get("dimension_numbers")
+    """How many products are summed to a number of a convolution or a matrix product; else 0."""
+    numbers: Any = params.get("dimension_numbers")
     try:
         if primitive.name == "dot_general":
-            (contracted, _), (batch, _) = numbers
-            return 0 if batch else math.prod(operands[0].shape[i] for i in contracted)
+            (contracted, _), _ = numbers
+            return math.prod(operands[0].shape[i] for i in contracted)
         if primitive.name == "conv_general_dilated":
             kernel = operands[1].shape
             return math.prod(kernel) // max(kernel[numbers.rhs_spec[0]], 1)

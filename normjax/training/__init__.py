@@ -1,5 +1,6 @@
 """Training of Flax models with norms, on one device or many: steps, placement, memory."""
 
+from normjax.training.memory import checkpoint_policy as checkpoint_policy
 from normjax.training.placement import pad_batch as pad_batch
 from normjax.training.placement import place as place
 from normjax.training.placement import placement as placement
@@ -19,6 +20,7 @@ __all__ = [
     "Metrics",
     "Step",
     "TrainState",
+    "checkpoint_policy",
     "create_train_state",
     "make_eval_step",
     "make_train_step",
