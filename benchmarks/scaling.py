@@ -107,6 +107,7 @@ def run(part: str, options: argparse.Namespace) -> dict[str, Any]:
                 results["rows"].append(_attempt(case, measure))
                 machine.write(results, file)
             progress.advance(task)
+    machine.write(results, file)
     return results
 
 
