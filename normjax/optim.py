@@ -7,9 +7,7 @@ of a subtree names all leaves below it: "block_1", "*/norm_?", "head/bias".
 """
 
 import collections
-import itertools
 from collections.abc import Callable, Collection, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from normjax.core import checks
+from normjax.core.names import matches, names
 
 LABELS = ("norm_scale", "norm_bias", "bias", "kernel", "embedding", "other")
 DECAYED = ("kernel", "embedding")
@@ -60,7 +59,7 @@ def label_parameters(params: Any, overrides: Mapping[str, str] | None = None) ->
     labels = [_label(path[-1], siblings[path[:-1]]) for path in paths]
     for pattern, label in (overrides or {}).items():
         checks.require("label_parameters", "overrides", label, IS_LABEL)
-        for i in _matches("label_parameters", paths, [pattern]):
+        for i in matches("label_parameters", paths, [pattern]):
             labels[i] = label
     pairs = zip(leaves, labels, strict=True)
     return structure.unflatten(leaf if _is_masked(leaf) else label for leaf, label in pairs)
@@ -149,7 +148,7 @@ def freeze(*patterns: str) -> optax.GradientTransformation:
 
     def named(params):
         paths, leaves, structure = _flatten(params)
-        found = _matches("freeze", paths, patterns)
+        found = matches("freeze", paths, patterns)
         return structure.unflatten(i in found for i in range(len(leaves)))
 
     return optax.masked(optax.set_to_zero(), named)
@@ -177,7 +176,7 @@ def keep_statistics(new: Any, old: Any, *patterns: str) -> Any:
         raise ValueError(
             f"keep_statistics: the new and the old statistics differ in {', '.join(different)}."
         )
-    for i in _matches("keep_statistics", paths, patterns):
+    for i in matches("keep_statistics", paths, patterns):
         leaves[i] = old_leaves[i]
     return structure.unflatten(leaves)
 
@@ -253,30 +252,8 @@ def effective_learning_rates(
 def _flatten(tree):
     """Paths as tuples of names, leaves and structure; a masked part counts as one leaf."""
     pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
-    return [_names(path) for path, _ in pairs], [leaf for _, leaf in pairs], structure
-
-
-def _names(path):
-    """The names on a path, without the `value` of a variable of NNX or a box of Linen."""
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+    return [names(path) for path, _ in pairs], [leaf for _, leaf in pairs], structure
 
 
 def _is_masked(leaf):
     return isinstance(leaf, optax.MaskedNode)
-
-
-def _matches(name, paths, patterns):
-    """Indices of the paths that a pattern matches, in whole or up to a slash."""
-    if not patterns:
-        raise ValueError(f"{name}: no patterns are given, such as 'stem' or '*/norm_?'.")
-    starts = [list(itertools.accumulate(path, "{}/{}".format)) for path in paths]
-    found = set()
-    for pattern in patterns:
-        hits = {i for i, names in enumerate(starts) if any(fnmatchcase(n, pattern) for n in names)}
-        if not hits:
-            some = ", ".join(names[-1] for names in starts[:5])
-            raise ValueError(f"{name}: the pattern {pattern!r} matches none of {some}, ...")
-        found |= hits
-    return found

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "normjax"
 
 # A module may import only from the layers listed before its own; a folder stands for its files.
 LAYERS = [
-    ["core.structs", "core.compat"],
+    ["core.structs", "core.compat", "core.names"],
     ["core.checks", "core.sharding"],
     ["core.gpu", "core.groups"],
     ["core.cpu", "core.method", "core.statistics"],
@@ -33,7 +33,7 @@ LAYERS = [
     ["propagate.__init__"],
     ["methods.spectral.transforms"],
     ["methods.spectral.spatial", "methods.spectral.bands"],
-    ["methods.batch", "methods.layer", "methods.dynamic"],
+    ["methods.batch", "methods.layer", "methods.dynamic", "methods.weights"],
     ["methods.group"],
     ["methods.conditional"],
     ["methods", "methods.spectral"],
