@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from normjax.core import checks
-from normjax.core.names import matches, names
+from normjax.paths import flatten, is_masked, matches
 
 LABELS = ("norm_scale", "norm_bias", "bias", "kernel", "embedding", "other")
 DECAYED = ("kernel", "embedding")
@@ -52,7 +52,7 @@ def label_parameters(params: Any, overrides: Mapping[str, str] | None = None) ->
       >>> [list(label.values()) for label in normjax.optim.label_parameters(params).values()]
       [['bias', 'kernel'], ['norm_bias', 'norm_scale'], ['other'], ['bias', 'kernel']]
     """
-    paths, leaves, structure = _flatten(params)
+    paths, leaves, structure = flatten(params)
     siblings = collections.defaultdict(set)
     for path in paths:
         siblings[path[:-1]].add(path[-1])
@@ -62,7 +62,7 @@ def label_parameters(params: Any, overrides: Mapping[str, str] | None = None) ->
         for i in matches("label_parameters", paths, [pattern]):
             labels[i] = label
     pairs = zip(leaves, labels, strict=True)
-    return structure.unflatten(leaf if _is_masked(leaf) else label for leaf, label in pairs)
+    return structure.unflatten(leaf if is_masked(leaf) else label for leaf, label in pairs)
 
 
 def _label(name, siblings):
@@ -147,7 +147,7 @@ def freeze(*patterns: str) -> optax.GradientTransformation:
     """
 
     def named(params):
-        paths, leaves, structure = _flatten(params)
+        paths, leaves, structure = flatten(params)
         found = matches("freeze", paths, patterns)
         return structure.unflatten(i in found for i in range(len(leaves)))
 
@@ -169,8 +169,8 @@ def keep_statistics(new: Any, old: Any, *patterns: str) -> Any:
       >>> optim.keep_statistics(new, old, "stem")
       {'head': {'mean': 1.0}, 'stem': {'mean': 0.0}}
     """
-    paths, leaves, structure = _flatten(new)
-    old_paths, old_leaves, _ = _flatten(old)
+    paths, leaves, structure = flatten(new)
+    old_paths, old_leaves, _ = flatten(old)
     if paths != old_paths:
         different = ["/".join(path) for path in set(paths) ^ set(old_paths)]
         raise ValueError(
@@ -245,15 +245,5 @@ def effective_learning_rates(
     ones = jax.tree.map(jnp.ones_like, params)
     less = jax.tree.map(jnp.negative, ones)
     _, slopes = jax.jvp(lambda g: optimizer.update(g, state, params)[0], (ones,), (less,))
-    paths, leaves, _ = _flatten(slopes)
+    paths, leaves, _ = flatten(slopes)
     return {"/".join(p): float(jnp.mean(leaf)) for p, leaf in zip(paths, leaves, strict=True)}
-
-
-def _flatten(tree):
-    """Paths as tuples of names, leaves and structure; a masked part counts as one leaf."""
-    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
-    return [names(path) for path, _ in pairs], [leaf for _, leaf in pairs], structure
-
-
-def _is_masked(leaf):
-    return isinstance(leaf, optax.MaskedNode)

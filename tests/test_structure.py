@@ -19,7 +19,7 @@ PACKAGE = ROOT / "normjax"
 
 # A module may import only from the layers listed before its own; a folder stands for its files.
 LAYERS = [
-    ["core.structs", "core.compat", "core.names"],
+    ["core.structs", "core.compat"],
     ["core.checks", "core.sharding"],
     ["core.gpu", "core.groups"],
     ["core.cpu", "core.method", "core.statistics"],
@@ -40,9 +40,15 @@ LAYERS = [
     ["methods.__init__"],
     ["__init__"],
     ["testing.measure", "testing.subject"],
-    ["linen", "nnx", "optim", "population", "folding", "interop", "testing"],
+    ["paths"],
+    ["kernels"],
+    ["linen", "nnx", "optim", "testing"],
     ["testing.__init__"],
-    ["training", "linen.carry"],
+    ["modules"],
+    ["population", "folding", "interop"],
+    ["training.placement", "training.memory", "linen.carry"],
+    ["training"],
+    ["training.__init__"],
     ["analysis.layers", "analysis.figures"],
     ["analysis"],
     ["analysis.__init__"],

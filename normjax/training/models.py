@@ -1,0 +1,137 @@
+"""Flax models as a step calls them, and what a step does as one of several devices."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen, nnx
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from normjax.core.compat import varying
+from normjax.core.structs import several
+from normjax.paths import flatten
+
+SHARED = "ghost"  # the stream of random methods, which draw for the global batch
+
+
+class Device:
+    """One of several devices in a step.
+
+    Attributes:
+      axes: names that samples are mapped over; none under `jit`.
+      typed: whether types say over which of them an array varies, as in `shard_map`.
+      where: the shardings of the state under `jit`, if they are known.
+      batch_axes: the mesh axes that share the samples under `jit`.
+    """
+
+    def __init__(self, axes=(), *, typed=False, where=None, batch_axes=frozenset()):
+        self.axes, self.typed, self.where, self.batch_axes = axes, typed, where, batch_axes
+
+    @property
+    def number(self) -> int:
+        """How many devices share the samples by name."""
+        return lax.axis_size(self.axes) if self.axes else 1
+
+    def sum(self, tree: Any) -> Any:
+        """The sums over all devices, in one message."""
+        return lax.psum(tree, self.axes) if self.axes else tree
+
+    def own(self, params: Any) -> Any:
+        """Parameters as a device's own, so that their gradients are not summed over devices yet."""
+        if not self.typed:
+            return params
+        return jax.tree.map(lambda a: lax.pcast(a, self.axes, to="varying"), params)
+
+    def fold(self, key: jax.Array) -> jax.Array:
+        """A key of this device's own."""
+        return jax.random.fold_in(key, lax.axis_index(self.axes)) if self.axes else key
+
+    def gather(self, params: Any, name: str = "params") -> Any:
+        """Parameters with what shares an axis with the samples made whole on each device."""
+        return self._move(params, name, whole=True)
+
+    def divide(self, gradients: Any) -> Any:
+        """Gradients of gathered parameters as these lie in the state."""
+        return self._move(gradients, "params", whole=False)
+
+    def _move(self, tree, name, whole):
+        if self.where is None:
+            return tree
+
+        def move(a, sharding):
+            spec = getattr(sharding, "spec", PartitionSpec())
+            inside = [self.batch_axes.isdisjoint(several(part)) for part in spec]
+            if all(inside):
+                return a
+            parts = [p if keep or not whole else None for p, keep in zip(spec, inside, strict=True)]
+            target = NamedSharding(sharding.mesh, PartitionSpec(*parts))
+            explicit = AxisType.Explicit in sharding.mesh.axis_types
+            put = jax.sharding.reshard if explicit else lax.with_sharding_constraint
+            return put(a, target)
+
+        return jax.tree.map(move, tree, getattr(self.where, name))
+
+    def check(self, statistics: Any) -> None:
+        """ValueError for statistics that are a device's own."""
+        paths, leaves, _ = flatten(statistics)
+        own = [path for path, leaf in zip(paths, leaves, strict=True) if varying(leaf)]
+        if self.typed and own:
+            raise ValueError(
+                f"make_train_step: {'/'.join(own[0])} differs between the devices of "
+                f"{self.axes}. Give its norm axis_name={self.axes[0]!r}."
+            )
+
+
+Opened = tuple[Callable[..., Any], Callable[[], Any]]
+
+
+def opener(name: str, model: Any, streams: tuple[str, ...]) -> Callable[..., Opened]:
+    """A function that makes of variables a model to call, and what gives its statistics then."""
+    if isinstance(model, linen.Module):
+        return functools.partial(_open_linen, model, streams)
+    if isinstance(model, nnx.Module):
+        return functools.partial(_open_nnx, nnx.split(model, nnx.Param, ...)[0])
+    raise TypeError(f"{name}: {model!r} is not a module of flax.linen or flax.nnx.")
+
+
+def _open_linen(model, streams, params, statistics, key, train, device):
+    calls, now = 0, statistics
+
+    def call(*args, **kwargs):
+        nonlocal calls, now
+        rngs = {}
+        if train:
+            ours = jax.random.fold_in(key, calls)
+            keys = dict(zip((SHARED, *streams), jax.random.split(ours, 1 + len(streams)), strict=True))
+            rngs = {n: k if n == SHARED else device.fold(k) for n, k in keys.items()}
+        calls += 1
+        how = dict(rngs=rngs, mutable=list(now) if train else False)
+        found = model.apply({"params": params, **now}, *args, **how, **kwargs)
+        if not train:
+            return found
+        y, new = found
+        now = {**now, **new}
+        return y
+
+    return call, lambda: now
+
+
+def _open_nnx(structure, params, statistics, key, train, device):
+    del key
+    model = nnx.merge(structure, params, statistics, copy=True)  # of this trace
+    model.train() if train else model.eval()
+    streams = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)]
+    own = [stream for stream in streams if stream.tag != SHARED] if device.axes else []
+    keys = [stream.key[...] for stream in own]
+    for stream, key in zip(own, keys, strict=True):
+        stream.key[...] = device.fold(key)
+
+    def finish():
+        for stream, key in zip(own, keys, strict=True):
+            stream.key[...] = key
+        nnx.pop(model, nnx.Intermediate)
+        return nnx.split(model, nnx.Param, ...)[2]
+
+    return model, finish

@@ -1,0 +1,427 @@
+"""Compiled steps of training and evaluation, for one device or many, from one loss function."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen, nnx
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from normjax.core import checks
+from normjax.core.compat import is_traced
+from normjax.core.structs import several
+from normjax.training.models import Device, opener
+from normjax.training.placement import Rules, placement
+
+Model = linen.Module | nnx.Module
+Mode = Literal["jit", "shard_map", "pmap"]
+IS_MODE = checks.one_of("jit", "shard_map", "pmap")
+
+
+class TrainState(NamedTuple):
+    """All that a training run is made of; `create_train_state` makes it.
+
+    Example:
+      >>> import jax, flax.linen as nn, optax, normjax.training as training
+      >>> x, key = jax.numpy.ones((2, 3)), jax.random.key(0)
+      >>> state = training.create_train_state(nn.Dense(4), optax.sgd(0.1), key, x)
+      >>> state.step.item(), state.params["kernel"].shape
+      (0, (3, 4))
+    """
+
+    step: jax.Array  # i32[], steps done
+    params: Any  # what the optimizer moves
+    statistics: Any  # Linen: the other collections by name; NNX: all other state
+    opt_state: Any
+    key: jax.Array | None = None  # the source of all random numbers in Linen; NNX has its own
+    ema: Any = None  # exponential moving average of the parameters
+
+
+class Loss(NamedTuple):
+    """What a loss function returns: a loss for each sample, or position, and how much it counts.
+
+    Attributes:
+      values: [...], of the batch that the function got.
+      weights: of the same shape, such as a mask; None: all count alike. Values of weight zero may
+        be anything, NaN included.
+      metrics: further values of this shape by name, averaged like the loss.
+      penalty: a scalar that is added to the mean, such as a regularizer.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax.training as training
+      >>> losses = jnp.array([1.0, 3.0, jnp.nan])
+      >>> loss = training.Loss(losses, jnp.array([True, True, False]), {"hit": losses < 2})
+      >>> training.measure(loss).means()
+      {'loss': Array(2., dtype=float32), 'hit': Array(0.5, dtype=float32)}
+    """
+
+    values: jax.Array
+    weights: jax.Array | None = None
+    metrics: Mapping[str, jax.Array] = {}
+    penalty: jax.Array | float = 0.0
+
+
+class Metrics(NamedTuple):
+    """Weighted sums of the loss and the metrics of a batch, and the sum of the weights.
+
+    Those of several batches add up exactly: `jax.tree.map(jnp.add, first, second)`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax.training as training
+      >>> ragged = [training.measure(training.Loss(jnp.array(v))) for v in ([1.0, 2.0], [6.0])]
+      >>> jax.tree.map(jnp.add, *ragged).means()
+      {'loss': Array(3., dtype=float32)}
+    """
+
+    sums: dict[str, jax.Array]  # f32[]
+    weight: jax.Array  # f32[]
+
+    def means(self) -> dict[str, jax.Array]:
+        """The weighted means; zero where nothing counts."""
+        return {name: _ratio(value, self.weight) for name, value in self.sums.items()}
+
+
+def measure(loss: Loss) -> Metrics:
+    """The sums of a loss function's result, in at least float32.
+
+    ValueError where shapes differ, or a metric is named "loss".
+
+    Example:
+      >>> import jax.numpy as jnp, normjax.training as training
+      >>> training.measure(training.Loss(jnp.array([1.0, 3.0]))).weight.item()
+      2.0
+    """
+    values = jnp.asarray(loss.values)
+    weights = jnp.ones(values.shape, bool) if loss.weights is None else jnp.asarray(loss.weights)
+    every = {"loss": values, **loss.metrics}
+    for name, array in {"weights": weights, **every}.items():
+        if jnp.shape(array) != values.shape:
+            raise ValueError(
+                f"Loss: {name} has the shape {jnp.shape(array)}, and the values {values.shape}. "
+                "Each of them needs a value for each loss."
+            )
+    if "loss" in loss.metrics:
+        raise ValueError("Loss: a metric is named 'loss', which is the name of the loss itself.")
+    wide = lambda a: jnp.asarray(a, jnp.promote_types(jnp.result_type(a), jnp.float32))
+    counted = lambda a: jnp.sum(jnp.where(weights != 0, wide(a) * wide(weights), 0))
+    return Metrics({name: counted(a) for name, a in every.items()}, jnp.sum(wide(weights)))
+
+
+def _ratio(sums, weight):
+    return jnp.where(weight > 0, sums / jnp.where(weight > 0, weight, 1), 0)
+
+
+def create_train_state(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array | None = None,
+    *args: Any,
+    ema: bool = False,
+    mesh: Mesh | None = None,
+    fsdp: str | None = None,
+    rules: Rules | None = None,
+    **kwargs: Any,
+) -> TrainState:
+    """The state at the start of training.
+
+    Args:
+      model: a Linen module, which is initialized, or an NNX module, whose arrays are copied.
+        `nnx.update(model, state.params, state.statistics)` brings them back.
+      optimizer: of optax.
+      key: the source of initial values and of random numbers in training; for Linen.
+      *args: of the model's call, for Linen, with `kwargs`.
+      ema: whether to average the parameters too.
+      mesh: where the state is made, by `placement` with `fsdp` and `rules`: no device ever holds
+        more than its share. None: on the default device.
+
+    Example:
+      >>> import optax, normjax.training as training
+      >>> from flax import nnx
+      >>> state = training.create_train_state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), optax.sgd(0.1))
+      >>> state.params["kernel"][...].shape, state.ema
+      ((3, 4), None)
+    """
+
+    def make(params, statistics):
+        average = jax.tree.map(jnp.copy, params) if ema else None
+        opt_state = optimizer.init(params)
+        ours = None if key is None else jax.random.fold_in(key, 1)
+        return TrainState(jnp.int32(0), params, statistics, opt_state, ours, average)
+
+    def start_linen():
+        rngs = {"params": jax.random.fold_in(key, 0)}
+        variables = dict(linen.unbox(model.init(rngs, *args, **kwargs)))
+        return make(variables.pop("params", {}), variables)
+
+    if isinstance(model, nnx.Module):
+        _, params, statistics = nnx.split(model, nnx.Param, ...)
+        copies = jax.tree.map(jnp.copy, (params, statistics))
+        start = functools.partial(make, *copies)
+    elif key is None:
+        raise ValueError("create_train_state: a Linen module needs a key, and arguments of a call.")
+    else:
+        start = start_linen
+    if mesh is None:
+        return jax.jit(start)()
+    where = placement(jax.eval_shape(start), mesh, fsdp=fsdp, rules=rules)
+    return jax.jit(start, out_shardings=where)()
+
+
+def make_train_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    loss: Callable[[Callable[..., Any], Any, bool], Loss],
+    *,
+    mode: Mode = "jit",
+    mesh: Mesh | None = None,
+    axis: str | tuple[str, ...] = "data",
+    ema_decay: float | None = None,
+    streams: tuple[str, ...] = ("dropout",),
+) -> "Step":
+    """A compiled training step, `step(state, batch) -> (state, Metrics)`.
+
+    The gradient is that of the weighted mean of the losses of the global batch, whatever the
+    devices and however many samples of each count. Statistics move once. The old state is donated:
+    its arrays are gone after the step. Shapes and shardings of the state stay, so that all steps
+    with batches of one shape run one program.
+
+    Args:
+      model: a Linen or NNX module.
+      optimizer: of optax.
+      loss: `loss(model, batch, train)` returns a `Loss`. Its `model` is called as the module is, as
+        often as needed: Linen's holds its variables and random streams, NNX's is in training mode
+        (`model.train()`). `train` is True here, and False in `make_eval_step`.
+      mode: how several devices share the work.
+        "jit": by the shardings of state (`place`) and batch (`shard_batch`), over Auto or Explicit
+        axes. Statistics are global by themselves. Parameters that share an axis with the samples
+        (FSDP) are gathered for the step, and their gradients are divided again.
+        "shard_map": samples are divided over `axis` of `mesh`; the norms must name it, by
+        `axis_name`. "pmap": the same over all local devices, with the state of `replicate`.
+      mesh: for "shard_map".
+      axis: name, or names, of the axis of samples in "shard_map" and "pmap".
+      ema_decay: the average of the parameters keeps this share of itself; needs a state with `ema`.
+      streams: Linen's random streams besides "ghost". In "shard_map" and "pmap" each device draws
+        numbers of its own from them, as from NNX's; "ghost" is the same on all of them.
+
+    ValueError for state and batch on different devices, for samples that the devices do not
+    divide, and for statistics that differ between devices.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, normjax.linen
+      >>> import normjax.training as training
+      >>> model, optimizer = nn.Sequential([nn.Dense(8), normjax.linen.LayerNorm()]), optax.sgd(0.1)
+      >>> x = jnp.ones((4, 3))
+      >>> def loss(model, batch, train):
+      ...     return training.Loss(jnp.square(model(batch) - 1.0).mean(-1))
+      >>> state = training.create_train_state(model, optimizer, jax.random.key(0), x)
+      >>> step = training.make_train_step(model, optimizer, loss)
+      >>> state, metrics = step(state, x)
+      >>> state.step.item(), float(metrics.means()["loss"]) > 0
+      (1, True)
+    """
+    opened = opener("make_train_step", model, streams)
+    if ema_decay is not None:
+        checks.require_number("make_train_step", "ema_decay", ema_decay, 0)
+
+    def gradient(state, batch, device):
+        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+
+        def objective(params):
+            call, finish = opened(params, state.statistics, key, True, device)
+            result = loss(call, batch, True)
+            found = measure(result)
+            weight = device.sum(lax.stop_gradient(found.weight))
+            value = _ratio(found.sums["loss"], weight) + result.penalty / device.number
+            return value, (found, finish())
+
+        return jax.grad(objective, has_aux=True)(device.own(state.params))
+
+    def body(state, batch, device):
+        whole = state._replace(params=device.gather(state.params))
+        gradients, (found, statistics) = gradient(whole, batch, device)
+        gradients, found = device.sum((gradients, found))
+        gradients = device.divide(gradients)
+        device.check(statistics)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            if ema is None:
+                hint = "make the state with create_train_state(..., ema=True)."
+                raise ValueError(f"make_train_step: ema_decay={ema_decay!r} needs an average: {hint}")
+            ema = optax.incremental_update(params, ema, 1 - ema_decay)
+        return TrainState(state.step + 1, params, statistics, opt_state, state.key, ema), found
+
+    return Step("make_train_step", body, mode, mesh, axis, moves=True)
+
+
+def make_eval_step(
+    model: Model,
+    loss: Callable[[Callable[..., Any], Any, bool], Loss],
+    *,
+    ema: bool = False,
+    mode: Mode = "jit",
+    mesh: Mesh | None = None,
+    axis: str | tuple[str, ...] = "data",
+) -> "Step":
+    """A compiled evaluation step, `step(state, batch) -> Metrics`: as `make_train_step`.
+
+    Nothing moves, there are no random numbers, and NNX models are in `eval()` mode.
+
+    Args:
+      ema: evaluate the averaged parameters. Running statistics belong to the others:
+        `normjax.population.recalibrate` makes those of the average.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, normjax.training as training
+      >>> model, x = nn.Dense(2), jnp.ones((4, 3))
+      >>> def loss(model, batch, train):
+      ...     return training.Loss(jnp.square(model(batch["x"])).mean(-1), batch["mask"])
+      >>> state = training.create_train_state(model, optax.sgd(0.1), jax.random.key(0), x)
+      >>> evaluate = training.make_eval_step(model, loss)
+      >>> evaluate(state, training.pad_batch({"x": x}, 8)).weight.item()
+      4.0
+    """
+    opened = opener("make_eval_step", model, ())
+
+    def body(state, batch, device):
+        if ema and state.ema is None:
+            raise ValueError("make_eval_step: ema=True, but the state has no average.")
+        params = device.gather(state.ema, "ema") if ema else device.gather(state.params)
+        call, _ = opened(params, state.statistics, None, False, device)
+        return device.sum(measure(loss(call, batch, False)))
+
+    return Step("make_eval_step", body, mode, mesh, axis, moves=False)
+
+
+def replicate(state: Any) -> Any:
+    """A copy of a state for each local device on a new first axis, for the mode "pmap".
+
+    `jax.tree.map(lambda a: a[0], state)` undoes it.
+
+    Example:
+      >>> import jax, normjax.training as training
+      >>> training.replicate(jax.numpy.ones(3)).shape == (jax.local_device_count(), 3)
+      True
+    """
+    devices = jax.local_devices()
+    mesh = Mesh(np.array(devices), ("devices",))
+    stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(devices), *a.shape)), state)
+    return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec("devices")))
+
+
+def _explicit_mesh(state):
+    """The Explicit mesh of the state as the current one: some operations of JAX ask for it."""
+    for a in jax.tree.leaves(state):
+        mesh = getattr(getattr(a, "sharding", None), "mesh", None)
+        if isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types:
+            return jax.set_mesh(mesh)
+    return contextlib.nullcontext()
+
+
+class Step:
+    """A step that compiles when it is first called with states and batches of new kinds.
+
+    Example:
+      >>> import jax.numpy as jnp, flax.linen as nn, normjax.training as training
+      >>> loss = lambda model, batch, train: training.Loss(model(batch))
+      >>> isinstance(training.make_eval_step(nn.Dense(2), loss), training.Step)
+      True
+    """
+
+    def __init__(self, name, body, mode, mesh, axis, *, moves):
+        checks.require(name, "mode", mode, IS_MODE)
+        if (mode == "shard_map") != (mesh is not None):
+            raise ValueError(f"{name}: mode={mode!r} with mesh={mesh!r}: shard_map needs one alone.")
+        if mesh is not None and not set(several(axis)) <= set(mesh.axis_names):
+            names = ", ".join(mesh.axis_names)
+            raise ValueError(f"{name}: axis={axis!r}, but the axes of the mesh are {names}.")
+        self._name, self._body, self._moves, self._axis = name, body, moves, axis
+        self._mode, self._mesh = mode, mesh
+        self._compiled = functools.lru_cache(self._compile)
+
+    def __call__(self, state: TrainState, batch: Any) -> Any:
+        """The new state and the metrics, or the metrics alone. Works inside of `jax.jit` too."""
+        if self._mode == "pmap":
+            batch = self._divided(state, batch)
+        with _explicit_mesh(state):
+            return self._program(state, batch)(state, batch)
+
+    def lower(self, state: TrainState, batch: Any) -> Any:
+        """The program for these, arrays or `jax.ShapeDtypeStruct`s, lowered but not compiled."""
+        with _explicit_mesh(state):
+            return self._program(state, batch).lower(state, batch)
+
+    def _program(self, state, batch):
+        leaves, structure = jax.tree.flatten(state)
+        if self._mode != "jit" or any(map(is_traced, leaves)):
+            self._check_samples(batch)
+            return self._compiled(None, (), frozenset())
+        shardings = tuple(a.sharding for a in leaves)
+        used = {axis for a in jax.tree.leaves(batch) for axis in self._axes_of(a, shardings)}
+        return self._compiled(structure, shardings, frozenset(used))
+
+    def _axes_of(self, a, shardings):
+        """The mesh axes that share the samples of an array of the batch."""
+        mine = getattr(a, "sharding", None)
+        if mine is None or not getattr(a, "committed", True):
+            return ()
+        devices = {each.device_set == mine.device_set for each in shardings if each is not None}
+        if False in devices:
+            raise ValueError(
+                f"{self._name}: state and batch lie on different devices. Put the state on the "
+                "mesh by place(state, mesh), and batches by shard_batch(batch, mesh)."
+            )
+        spec = getattr(mine, "spec", PartitionSpec())
+        return () if not spec or spec[0] is None else several(spec[0])
+
+    def _compile(self, structure, shardings, batch_axes):
+        donated = (0,) if self._moves else ()
+        if self._mode == "pmap":
+            run = lambda state, batch: self._body(state, batch, Device(several(self._axis)))
+            return jax.pmap(run, axis_name=self._axis, donate_argnums=donated)
+        if self._mode == "shard_map":
+            run = lambda state, batch: self._body(state, batch, Device(several(self._axis), typed=True))
+            specs = PartitionSpec(), PartitionSpec(self._axis)
+            same = (PartitionSpec(),) * 2 if self._moves else PartitionSpec()
+            mapped = jax.shard_map(run, mesh=self._mesh, in_specs=specs, out_specs=same)
+            return jax.jit(mapped, donate_argnums=donated)
+        where = None if structure is None else structure.unflatten(shardings)
+        device = Device(where=where, batch_axes=batch_axes)
+        run = lambda state, batch: self._body(state, batch, device)
+        out = (where, None) if self._moves and None not in shardings else None
+        return jax.jit(run, donate_argnums=donated, out_shardings=out)
+
+    def _check_samples(self, batch):
+        if self._mesh is None:
+            return
+        devices = math.prod(self._mesh.shape[name] for name in several(self._axis))
+        for a in jax.tree.leaves(batch):
+            if jnp.shape(a)[0] % devices:
+                raise ValueError(
+                    f"{self._name}: {devices} devices do not divide {jnp.shape(a)[0]} samples. "
+                    "pad_batch adds samples that a mask leaves out."
+                )
+
+    def _divided(self, state, batch):
+        """A batch with an axis of devices in front."""
+        devices = jax.local_device_count()
+        if state.step.shape != (devices,):
+            raise ValueError(f"{self._name}: the mode 'pmap' needs the state of replicate(state).")
+
+        def divide(a):
+            if jnp.shape(a)[0] % devices:
+                raise ValueError(
+                    f"{self._name}: {devices} devices do not divide {jnp.shape(a)[0]} samples. "
+                    "pad_batch adds samples that a mask leaves out."
+                )
+            return jnp.reshape(a, (devices, -1, *jnp.shape(a)[1:]))
+
+        return jax.tree.map(divide, batch)
