@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import optax
 
-__all__: list[str] = []
-
 
 def flatten(tree: Any) -> tuple[list[tuple[str, ...]], list[Any], Any]:
     """Paths as tuples of names, leaves and structure; a masked part counts as one leaf."""

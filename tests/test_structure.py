@@ -46,7 +46,8 @@ LAYERS = [
     ["testing.__init__"],
     ["modules"],
     ["population", "folding", "interop"],
-    ["training.placement", "training.memory", "linen.carry"],
+    ["training.placement", "training.memory", "training.models"],
+    ["training.microbatches", "linen.carry"],
     ["training"],
     ["training.__init__"],
     ["analysis.layers", "analysis.figures"],
@@ -185,9 +186,9 @@ def test_import_normjax_brings_no_framework():
 
 
 def public_modules():
-    """The package, its front ends and tools; of `propagate` and `testing` the package alone."""
+    """The package, its front ends and tools; of `propagate` and the like the package alone."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
-    hidden = re.compile(r"normjax\.(core|methods|(propagate|testing)\.)")
+    hidden = re.compile(r"normjax\.(core|methods|paths|(propagate|testing|training)\.)")
     return sorted(name for name in names if not hidden.match(name))
 
 

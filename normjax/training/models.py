@@ -22,12 +22,13 @@ class Device:
     Attributes:
       axes: names that samples are mapped over; none under `jit`.
       typed: whether types say over which of them an array varies, as in `shard_map`.
-      where: the shardings of the state under `jit`, if they are known.
-      batch_axes: the mesh axes that share the samples under `jit`.
+      where: the shardings of the state, if they are known.
+      batch_axes: the mesh axes that share the samples.
     """
 
     def __init__(self, axes=(), *, typed=False, where=None, batch_axes=frozenset()):
-        self.axes, self.typed, self.where, self.batch_axes = axes, typed, where, batch_axes
+        self.axes, self.typed, self.where = axes, typed, where
+        self.batch_axes = frozenset(batch_axes)
 
     @property
     def number(self) -> int:
@@ -42,7 +43,12 @@ class Device:
         """Parameters as a device's own, so that their gradients are not summed over devices yet."""
         if not self.typed:
             return params
-        return jax.tree.map(lambda a: lax.pcast(a, self.axes, to="varying"), params)
+
+        def own(a):
+            missing = tuple(set(self.axes) - varying(a))
+            return lax.pcast(a, missing, to="varying") if missing else a
+
+        return jax.tree.map(own, params)
 
     def fold(self, key: jax.Array) -> jax.Array:
         """A key of this device's own."""
@@ -50,28 +56,49 @@ class Device:
 
     def gather(self, params: Any, name: str = "params") -> Any:
         """Parameters with what shares an axis with the samples made whole on each device."""
-        return self._move(params, name, whole=True)
 
-    def divide(self, gradients: Any) -> Any:
-        """Gradients of gathered parameters as these lie in the state."""
-        return self._move(gradients, "params", whole=False)
+        def gather(a, spec, mesh):
+            if not self.axes:
+                return _put(a, mesh, [None if self._shares(part) else part for part in spec])
+            for i, part in enumerate(spec):
+                if self._shares(part):
+                    a = lax.all_gather(a, part, axis=i, tiled=True)
+            return a
 
-    def _move(self, tree, name, whole):
+        return self._map_shared(gather, params, name)
+
+    def reduce(self, gradients: Any, found: Any) -> tuple[Any, Any]:
+        """Sums over all devices: of gradients of gathered parameters as these lie in the state."""
+        if not self.axes:
+            return self._map_shared(lambda a, spec, mesh: _put(a, mesh, spec), gradients), found
+        scattered = []
+
+        def scatter(a, spec, mesh):
+            for i, part in enumerate(spec):
+                if self._shares(part):
+                    a = lax.psum_scatter(a, part, scatter_dimension=i, tiled=True)
+            scattered.append(a)
+            return None
+
+        rest = self._map_shared(scatter, gradients)
+        rest, found = self.sum((rest, found))
+        own = iter(scattered)
+        missing = lambda a: next(own) if a is None else a
+        return jax.tree.map(missing, rest, is_leaf=lambda a: a is None), found
+
+    def _shares(self, part):
+        return part is not None and not self.batch_axes.isdisjoint(several(part))
+
+    def _map_shared(self, function, tree, name="params"):
+        """`function` of each leaf that shares an axis with the samples, its spec and its mesh."""
         if self.where is None:
             return tree
 
-        def move(a, sharding):
-            spec = getattr(sharding, "spec", PartitionSpec())
-            inside = [self.batch_axes.isdisjoint(several(part)) for part in spec]
-            if all(inside):
-                return a
-            parts = [p if keep or not whole else None for p, keep in zip(spec, inside, strict=True)]
-            target = NamedSharding(sharding.mesh, PartitionSpec(*parts))
-            explicit = AxisType.Explicit in sharding.mesh.axis_types
-            put = jax.sharding.reshard if explicit else lax.with_sharding_constraint
-            return put(a, target)
+        def one(a, sharding):
+            spec = getattr(sharding, "spec", ())
+            return function(a, spec, sharding.mesh) if any(map(self._shares, spec)) else a
 
-        return jax.tree.map(move, tree, getattr(self.where, name))
+        return jax.tree.map(one, tree, getattr(self.where, name))
 
     def check(self, statistics: Any) -> None:
         """ValueError for statistics that are a device's own."""
@@ -82,6 +109,12 @@ class Device:
                 f"make_train_step: {'/'.join(own[0])} differs between the devices of "
                 f"{self.axes}. Give its norm axis_name={self.axes[0]!r}."
             )
+
+
+def _put(a, mesh, parts):
+    """An array under `jit` as `parts` say."""
+    put = jax.sharding.reshard if AxisType.Explicit in mesh.axis_types else None
+    return (put or lax.with_sharding_constraint)(a, NamedSharding(mesh, PartitionSpec(*parts)))
 
 
 Opened = tuple[Callable[..., Any], Callable[[], Any]]
@@ -103,9 +136,10 @@ def _open_linen(model, streams, params, statistics, key, train, device):
         nonlocal calls, now
         rngs = {}
         if train:
-            ours = jax.random.fold_in(key, calls)
-            keys = dict(zip((SHARED, *streams), jax.random.split(ours, 1 + len(streams)), strict=True))
-            rngs = {n: k if n == SHARED else device.fold(k) for n, k in keys.items()}
+            names = (SHARED, *streams)
+            keys = jax.random.split(jax.random.fold_in(key, calls), len(names))
+            pairs = zip(names, keys, strict=True)
+            rngs = {name: k if name == SHARED else device.fold(k) for name, k in pairs}
         calls += 1
         how = dict(rngs=rngs, mutable=list(now) if train else False)
         found = model.apply({"params": params, **now}, *args, **how, **kwargs)

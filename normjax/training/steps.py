@@ -8,11 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen, nnx
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from normjax.core import checks
 from normjax.core.compat import is_traced
@@ -155,19 +154,18 @@ def create_train_state(
         ours = None if key is None else jax.random.fold_in(key, 1)
         return TrainState(jnp.int32(0), params, statistics, opt_state, ours, average)
 
-    def start_linen():
+    def start():
+        if not isinstance(model, linen.Module):
+            return make(*jax.tree.map(jnp.copy, own))
+        assert key is not None
         rngs = {"params": jax.random.fold_in(key, 0)}
         variables = dict(linen.unbox(model.init(rngs, *args, **kwargs)))
         return make(variables.pop("params", {}), variables)
 
-    if isinstance(model, nnx.Module):
-        _, params, statistics = nnx.split(model, nnx.Param, ...)
-        copies = jax.tree.map(jnp.copy, (params, statistics))
-        start = functools.partial(make, *copies)
+    if not isinstance(model, linen.Module):
+        _, *own = nnx.split(model, nnx.Param, ...)
     elif key is None:
         raise ValueError("create_train_state: a Linen module needs a key, and arguments of a call.")
-    else:
-        start = start_linen
     if mesh is None:
         return jax.jit(start)()
     where = placement(jax.eval_shape(start), mesh, fsdp=fsdp, rules=rules)
@@ -200,10 +198,12 @@ def make_train_step(
         (`model.train()`). `train` is True here, and False in `make_eval_step`.
       mode: how several devices share the work.
         "jit": by the shardings of state (`place`) and batch (`shard_batch`), over Auto or Explicit
-        axes. Statistics are global by themselves. Parameters that share an axis with the samples
-        (FSDP) are gathered for the step, and their gradients are divided again.
+        axes. Statistics are global by themselves.
         "shard_map": samples are divided over `axis` of `mesh`; the norms must name it, by
-        `axis_name`. "pmap": the same over all local devices, with the state of `replicate`.
+        `axis_name`. Norms then send one message forward and one backward, where "jit" may need two
+        forward. "pmap": the same over all local devices, with the state of `replicate`.
+        Parameters that share an axis with the samples (FSDP) are gathered for the step, and their
+        gradients are divided again. The optimizer sees whole arrays.
       mesh: for "shard_map".
       axis: name, or names, of the axis of samples in "shard_map" and "pmap".
       ema_decay: the average of the parameters keeps this share of itself; needs a state with `ema`.
@@ -246,20 +246,24 @@ def make_train_step(
     def body(state, batch, device):
         whole = state._replace(params=device.gather(state.params))
         gradients, (found, statistics) = gradient(whole, batch, device)
-        gradients, found = device.sum((gradients, found))
-        gradients = device.divide(gradients)
+        gradients, found = device.reduce(gradients, found)
         device.check(statistics)
+        return gradients, found, statistics
+
+    def update(state, gradients, found, statistics):
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema_decay is not None:
             if ema is None:
-                hint = "make the state with create_train_state(..., ema=True)."
-                raise ValueError(f"make_train_step: ema_decay={ema_decay!r} needs an average: {hint}")
+                raise ValueError(
+                    f"make_train_step: ema_decay={ema_decay!r}, but the state has no average. "
+                    "create_train_state(..., ema=True) makes one."
+                )
             ema = optax.incremental_update(params, ema, 1 - ema_decay)
         return TrainState(state.step + 1, params, statistics, opt_state, state.key, ema), found
 
-    return Step("make_train_step", body, mode, mesh, axis, moves=True)
+    return Step("make_train_step", body, mode, mesh, axis, update)
 
 
 def make_eval_step(
@@ -298,11 +302,11 @@ def make_eval_step(
         call, _ = opened(params, state.statistics, None, False, device)
         return device.sum(measure(loss(call, batch, False)))
 
-    return Step("make_eval_step", body, mode, mesh, axis, moves=False)
+    return Step("make_eval_step", body, mode, mesh, axis)
 
 
-def replicate(state: Any) -> Any:
-    """A copy of a state for each local device on a new first axis, for the mode "pmap".
+def replicate(state: Any, axis: str = "data") -> Any:
+    """A copy of a state for each local device on a new first axis, for the mode "pmap" over `axis`.
 
     `jax.tree.map(lambda a: a[0], state)` undoes it.
 
@@ -311,10 +315,9 @@ def replicate(state: Any) -> Any:
       >>> training.replicate(jax.numpy.ones(3)).shape == (jax.local_device_count(), 3)
       True
     """
-    devices = jax.local_devices()
-    mesh = Mesh(np.array(devices), ("devices",))
-    stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(devices), *a.shape)), state)
-    return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec("devices")))
+    number = jax.local_device_count()
+    stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (number, *a.shape)), state)
+    return jax.pmap(lambda state: state, axis_name=axis)(stacked)
 
 
 def _explicit_mesh(state):
@@ -324,6 +327,12 @@ def _explicit_mesh(state):
         if isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types:
             return jax.set_mesh(mesh)
     return contextlib.nullcontext()
+
+
+def _named(names, sharding):
+    """The spec of a sharding as far as it is over `names`."""
+    inside = lambda part: part if part is not None and set(several(part)) <= set(names) else None
+    return PartitionSpec(*map(inside, getattr(sharding, "spec", ())))
 
 
 class Step:
@@ -336,14 +345,15 @@ class Step:
       True
     """
 
-    def __init__(self, name, body, mode, mesh, axis, *, moves):
+    def __init__(self, name, body, mode, mesh, axis, update=None):
         checks.require(name, "mode", mode, IS_MODE)
         if (mode == "shard_map") != (mesh is not None):
-            raise ValueError(f"{name}: mode={mode!r} with mesh={mesh!r}: shard_map needs one alone.")
+            hint = "shard_map needs a mesh, and no other mode takes one."
+            raise ValueError(f"{name}: mode={mode!r} with mesh={mesh!r}: {hint}")
         if mesh is not None and not set(several(axis)) <= set(mesh.axis_names):
             names = ", ".join(mesh.axis_names)
             raise ValueError(f"{name}: axis={axis!r}, but the axes of the mesh are {names}.")
-        self._name, self._body, self._moves, self._axis = name, body, moves, axis
+        self._name, self._body, self._update, self._axis = name, body, update, axis
         self._mode, self._mesh = mode, mesh
         self._compiled = functools.lru_cache(self._compile)
 
@@ -361,10 +371,12 @@ class Step:
 
     def _program(self, state, batch):
         leaves, structure = jax.tree.flatten(state)
-        if self._mode != "jit" or any(map(is_traced, leaves)):
-            self._check_samples(batch)
-            return self._compiled(None, (), frozenset())
+        self._check_samples(batch)
+        if self._mode == "pmap" or any(map(is_traced, leaves)):
+            return self._compiled(structure, None, frozenset())
         shardings = tuple(a.sharding for a in leaves)
+        if self._mesh is not None:
+            self._check_devices(shardings, set(self._mesh.devices.flat))
         used = {axis for a in jax.tree.leaves(batch) for axis in self._axes_of(a, shardings)}
         return self._compiled(structure, shardings, frozenset(used))
 
@@ -373,31 +385,53 @@ class Step:
         mine = getattr(a, "sharding", None)
         if mine is None or not getattr(a, "committed", True):
             return ()
-        devices = {each.device_set == mine.device_set for each in shardings if each is not None}
-        if False in devices:
-            raise ValueError(
-                f"{self._name}: state and batch lie on different devices. Put the state on the "
-                "mesh by place(state, mesh), and batches by shard_batch(batch, mesh)."
-            )
+        self._check_devices(shardings, mine.device_set)
         spec = getattr(mine, "spec", PartitionSpec())
         return () if not spec or spec[0] is None else several(spec[0])
 
+    def _check_devices(self, shardings, devices):
+        if any(each is not None and each.device_set != devices for each in shardings):
+            raise ValueError(
+                f"{self._name}: state and batch, or mesh, are of different devices. Put the state "
+                "on the mesh by place(state, mesh), and batches by shard_batch(batch, mesh)."
+            )
+
     def _compile(self, structure, shardings, batch_axes):
-        donated = (0,) if self._moves else ()
+        donated = () if self._update is None else (0,)
+        where = None if shardings is None else structure.unflatten(shardings)
         if self._mode == "pmap":
-            run = lambda state, batch: self._body(state, batch, Device(several(self._axis)))
+            run = self._run(functools.partial(self._body, device=Device(several(self._axis))))
             return jax.pmap(run, axis_name=self._axis, donate_argnums=donated)
         if self._mode == "shard_map":
-            run = lambda state, batch: self._body(state, batch, Device(several(self._axis), typed=True))
-            specs = PartitionSpec(), PartitionSpec(self._axis)
-            same = (PartitionSpec(),) * 2 if self._moves else PartitionSpec()
-            mapped = jax.shard_map(run, mesh=self._mesh, in_specs=specs, out_specs=same)
-            return jax.jit(mapped, donate_argnums=donated)
-        where = None if structure is None else structure.unflatten(shardings)
-        device = Device(where=where, batch_axes=batch_axes)
-        run = lambda state, batch: self._body(state, batch, device)
-        out = (where, None) if self._moves and None not in shardings else None
-        return jax.jit(run, donate_argnums=donated, out_shardings=out)
+            run = self._run(self._mapped(structure, where))
+        else:
+            device = Device(where=where, batch_axes=batch_axes)
+            run = self._run(functools.partial(self._body, device=device))
+        moves = self._update is not None and shardings is not None and None not in shardings
+        return jax.jit(run, donate_argnums=donated, out_shardings=(where, None) if moves else None)
+
+    def _run(self, body):
+        """`body`, and the update with what it returns: it sees whole arrays, not a device's own."""
+        update = self._update
+        if update is None:
+            return body
+        return lambda state, batch: update(state, *body(state, batch))
+
+    def _mapped(self, structure, where):
+        """The body mapped over the devices that share the samples."""
+        named = several(self._axis)
+        whole = structure.unflatten([PartitionSpec()] * structure.num_leaves)
+        specs = whole if where is None else jax.tree.map(functools.partial(_named, named), where)
+        device = Device(named, typed=True, where=where, batch_axes=frozenset(named))
+        out = PartitionSpec()
+        out = out if self._update is None else (specs.params, out, whole.statistics)
+        return jax.shard_map(
+            functools.partial(self._body, device=device),
+            mesh=self._mesh,
+            in_specs=(specs, PartitionSpec(self._axis)),
+            out_specs=out,
+            axis_names=set(named),
+        )
 
     def _check_samples(self, batch):
         if self._mesh is None:
