@@ -6,9 +6,7 @@ tree. `model.train()`, `model.eval()` and `nnx.view` switch `use_running_average
 """
 
 import dataclasses
-import functools
 import inspect
-import operator
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -234,10 +232,9 @@ class NormalizedKernels(nnx.Module):
         self.patterns = None if patterns is None else tuple(patterns)
         self._configuration = _Configuration(method)
         key = jax.random.key(0) if rngs is None else rngs.params()
-        made = kernels.initial(method, key, self._kernels())
-        for name, kind, flat in zip(OWN, (nnx.Param, nnx.BatchStat), made, strict=True):
-            tree = unflatten_dict(flat)
-            setattr(self, name, _nested(jax.tree.map(kind, tree)))
+        params, state = map(unflatten_dict, kernels.initial(method, key, self._kernels()))
+        self.kernels = _nested(jax.tree.map(nnx.Param, params))
+        self.kernel_stats = _nested(jax.tree.map(nnx.BatchStat, state))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the module for these arguments, with normalized kernels."""
@@ -246,10 +243,7 @@ class NormalizedKernels(nnx.Module):
     def step(self) -> None:
         """Moves what the method keeps of the kernels, where it keeps anything."""
         _, state = kernels.normalize(self.method, self._kernels(), *self._own(), train=True)
-        moved = flatten_dict(unflatten_dict(state))
-        for path, value in moved.items():
-            variable = functools.reduce(operator.getitem, path, self.kernel_stats)
-            variable.set_value(value)
+        nnx.update(self.kernel_stats, unflatten_dict(state))
 
     def unwrap(self) -> Any:
         """A plain module that does the same, with variables of its own."""
@@ -262,7 +256,8 @@ class NormalizedKernels(nnx.Module):
 
     def _own(self):
         """Values of what the method learns and keeps, as nested dicts."""
-        return (nnx.to_pure_dict(nnx.state(getattr(self, name))) for name in OWN)
+        own = (self.kernels, self.kernel_stats)
+        return tuple(nnx.to_pure_dict(nnx.state(part)) for part in own)
 
     def _kernels(self):
         flat = nnx.to_flat_state(nnx.state(self.module, nnx.Param))
@@ -277,9 +272,6 @@ class NormalizedKernels(nnx.Module):
         put = lambda path, v: v.replace(normal[_names(path)]) if _names(path) in normal else v
         pairs = [(path, put(path, v)) for path, v in zip(flat.paths, flat.leaves, strict=True)]
         return nnx.merge(structure, nnx.from_flat_state(pairs))
-
-
-OWN = ("kernels", "kernel_stats")
 
 
 def _names(path):

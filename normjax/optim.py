@@ -175,8 +175,9 @@ def unit_rows(
       >>> optimizer = optax.chain(optax.sgd(1.0), optim.unit_rows())
       >>> gradient = {"kernel": jnp.array([[0.7], [-0.4]]), "bias": jnp.ones(1)}
       >>> updates, _ = optimizer.update(gradient, optimizer.init(params), params)
-      >>> print(optax.apply_updates(params, updates)["kernel"].round(4).tolist())
-      [[0.6], [0.8]]
+      >>> kernel = optax.apply_updates(params, updates)["kernel"]
+      >>> print(f"{kernel[0, 0]:.4f} {kernel[1, 0]:.4f}")
+      0.6000 0.8000
     """
     rows = StrictWeightNorm(feature_axes=feature_axes)
 

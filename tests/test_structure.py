@@ -188,7 +188,7 @@ def test_import_normjax_brings_no_framework():
 def public_modules():
     """The package, its front ends and tools; of `propagate` and the like the package alone."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
-    hidden = re.compile(r"normjax\.(core|methods|paths|(propagate|testing|training)\.)")
+    hidden = re.compile(r"normjax\.(core|methods|paths|kernels|(propagate|testing|training)\.)")
     return sorted(name for name in names if not hidden.match(name))
 
 

@@ -48,6 +48,7 @@ INPUTS = {
     "SandwichAuxBatchNorm": {"branch": 1},
     "AdaptiveInstanceNorm": {"style": X},
     "SandwichAdaptiveInstanceNorm": {"style": X},
+    "WeightNormalizedAddition": {"others": X},
 }
 
 
@@ -57,7 +58,7 @@ def describe(tree):
     return {path: f"{a.dtype}{list(a.shape)}" for path, a in sorted(flat.items())}
 
 
-def linen_tree(module, *arguments):
+def linen_tree(module, arguments=(True,)):
     """The variable tree that a Linen module makes."""
     given = INPUTS.get(type(module).__name__, {})
     return describe(jax.eval_shape(lambda: module.init(jax.random.key(0), X, *arguments, **given)))
@@ -78,13 +79,13 @@ def trees():
     made = {"linen": {}, "nnx": {}}
     for name in sorted(set(linen.__all__) - {"Front", "NormalizedKernels"}):
         given = ARGUMENTS.get(name, {})
-        made["linen"][name] = linen_tree(getattr(linen, name)(**given), True)
+        made["linen"][name] = linen_tree(getattr(linen, name)(**given))
         rngs = flax_nnx.Rngs(0)
         made["nnx"][name] = nnx_tree(getattr(nnx, name)(num_features=FEATURES, rngs=rngs, **given))
     for method in (nj.WeightNorm(), nj.SpectralWeightNorm()):
         name = f"NormalizedKernels, {type(method).__name__}"
         wrapped = linen.NormalizedKernels(flax_linen.Conv(3, (2, 2)), method)
-        made["linen"][name] = linen_tree(wrapped)
+        made["linen"][name] = linen_tree(wrapped, ())
         plain = flax_nnx.Conv(FEATURES, 3, (2, 2), rngs=flax_nnx.Rngs(0))
         made["nnx"][name] = nnx_tree(nnx.NormalizedKernels(plain, method))
     return made
