@@ -139,11 +139,10 @@ class NormalizedKernels(nn.Module):
 
     The parameters of the module stay as they are: a call runs it with normalized kernels in their
     place. `params` has an entry `kernels` for what the method learns, the norms of `WeightNorm`.
-    The vectors of `SpectralWeightNorm` are in the collection `kernel_stats`. A call moves them only
-    if that is mutable: move them once in a step, before the calls that use the kernels. Under `jit`
-    this costs no pass through the module, for nobody uses the output:
-
-        _, moved = model.apply(variables, x, mutable=["kernel_stats"])
+    The vectors of `SpectralWeightNorm` are in the collection `kernel_stats`, and no call moves them
+    but those that have it mutable. `step` does: take one before the calls of a training step, all
+    of which then use one estimate. For wrappers inside of a model one call with
+    `mutable=["kernel_stats"]` does it for all; under `jit` that costs no pass through the model.
 
     Inside of `nn.scan` and `nn.vmap` wrap the layers, not the stack: in a stack of kernels rows
     would reach over its layers.
@@ -197,6 +196,13 @@ class NormalizedKernels(nn.Module):
         run = lambda module: module(*args, **kwargs)
         return nn.map_variables(run, "params", trans_in_fn=with_normal)(self.module)
 
+    def step(self, variables: Any) -> dict[str, Any]:
+        """The variables of this module, unbound, with what the method keeps moved by one step."""
+        _, state = self._normalize(variables, train=True)
+        if not any(state.values()):
+            return {**variables}
+        return {**variables, "kernel_stats": {"kernels": unflatten_dict(state)}}
+
     def wrap(self, variables: Any, key: Any = None) -> dict[str, Any]:
         """The variables of this module, unbound, for those of the plain one, trained or not.
 
@@ -214,9 +220,14 @@ class NormalizedKernels(nn.Module):
     def unwrap(self, variables: Any) -> dict[str, Any]:
         """The variables of the plain module that does the same as this one, unbound."""
         plain = {name: tree["module"] for name, tree in variables.items() if "module" in tree}
-        own = (variables.get(name, {}).get("kernels", {}) for name in ("params", "kernel_stats"))
-        normal, _ = kernels.normalize(self.method, self._kernels(plain), *own)
+        normal, _ = self._normalize(variables)
         return plain | {"params": _replaced(plain["params"], normal)}
+
+    def _normalize(self, variables, **how):
+        """The normalized kernels and the state, of variables of this module, unbound."""
+        own = (variables.get(name, {}).get("kernels", {}) for name in ("params", "kernel_stats"))
+        plain = self._kernels({"params": variables["params"]["module"]})
+        return kernels.normalize(self.method, plain, *own, **how)
 
     def _kernels(self, variables):
         kernels.require(self.method)

@@ -106,7 +106,7 @@ def _mapped(function: Callable[..., Any], kernel: jax.Array, *small: Any) -> jax
     def run(kernel, *small):
         return function(widen(kernel), *small).astype(kernel.dtype)
 
-    return jax.checkpoint(run, policy=is_sum)(kernel, *small)
+    return jax.checkpoint(run, policy=is_sum, prevent_cse=False)(kernel, *small)
 
 
 def _strides(method, shape):
@@ -291,6 +291,7 @@ class WeightStandardization(KernelFields):
 
 
 def _standardized(method, rows, wide):
+    """Rows of mean zero and variance one."""
     length = _length(method, rows)
     centred = wide - _total(method, wide, rows.along) / length
     var = _total(method, centred * centred, rows.along) / length
