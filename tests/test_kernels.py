@@ -95,7 +95,6 @@ def test_linen_forward_passes_move_nothing_and_share_an_estimate():
     model = norms.NormalizedKernels(Net(), nj.SpectralWeightNorm())
     variables = model.init(KEY, X)
     variables = {**variables, "params": jax.tree.map(lambda a: a + 0.1, variables["params"])}
-    same(model.apply(variables, X, mutable=["batch_stats"])[1], {})
 
     @jax.jit
     def step(variables, real, fake):
