@@ -141,7 +141,7 @@ class NormalizedKernels(nn.Module):
     place. `params` has an entry `kernels` for what the method learns, the norms of `WeightNorm`.
     The vectors of `SpectralWeightNorm` are in the collection `kernel_stats`, and no call moves them
     but those that have it mutable. `step` does: take one before the calls of a training step, all
-    of which then use one estimate. For wrappers inside of a model one call with
+    of which then use one estimate. For wrappers inside of a model one call in evaluation mode with
     `mutable=["kernel_stats"]` does it for all; under `jit` that costs no pass through the model.
 
     Inside of `nn.scan` and `nn.vmap` wrap the layers, not the stack: in a stack of kernels rows

@@ -22,6 +22,7 @@ from normjax.core.compat import is_sum
 from normjax.core.fields import Configuration, Initializer
 from normjax.core.method import Traits
 from normjax.core.passes import lift, widen
+from normjax.core.sharding import place
 from normjax.core.structs import AffineParams, Axes, AxisName, Key, several
 from normjax.core.tracing import traced_once
 
@@ -517,7 +518,8 @@ def _largest_wave(method, rows):
             f"window {window} and features at axis {rows.at[0]}: give as many sizes, none smaller, "
             "with inputs and features behind the window."
         )
-    spectrum = jnp.fft.rfftn(wide, s=size, axes=tuple(range(len(size))))
+    whole = place(wide, (None,) * rank, like=wide)
+    spectrum = jnp.fft.rfftn(whole, s=size, axes=tuple(range(len(size))))
     matrices = spectrum.reshape(-1, *wide.shape[-2:])
     left, values, right = jnp.linalg.svd(matrices, full_matrices=False)
     best = jnp.argmax(values[:, 0])
