@@ -1568,15 +1568,9 @@ OF_KERNELS = {
     ),
     "kernels kept more than once": Mutant(
         KERNEL_NORMS,
-        "return jax.checkpoint(run, policy=is_sum, prevent_cse=False)(kernel, *small)",
+        "return jax.checkpoint(run, prevent_cse=False)(kernel, *small)",
         "return run(kernel, *small)",
         contract("StrictWeightNorm-memory"),
-    ),
-    "sums of rows made again": Mutant(
-        KERNEL_NORMS,
-        "jax.checkpoint(run, policy=is_sum, prevent_cse=False)",
-        "jax.checkpoint(run, prevent_cse=False)",
-        contract("WeightNorm-collectives"),
     ),
     "scales of rows start at one": Mutant(
         KERNEL_NORMS,

@@ -18,7 +18,6 @@ from jax import lax
 
 from normjax.core import checks
 from normjax.core.checks import field
-from normjax.core.compat import is_sum
 from normjax.core.fields import Configuration, Initializer
 from normjax.core.method import Traits
 from normjax.core.passes import lift, widen
@@ -101,13 +100,14 @@ def _length(method, rows):
 def _mapped(function: Callable[..., Any], kernel: jax.Array, *small: Any) -> jax.Array:
     """`function(kernel, *small)`, computed wide and rounded once.
 
-    Reverse mode keeps the kernel, which is there anyway, and sums.
+    Reverse mode keeps the kernel, which is there anyway. The compiler may take from the forward
+    pass what it makes again, where both are in one program.
     """
 
     def run(kernel, *small):
         return function(widen(kernel), *small).astype(kernel.dtype)
 
-    return jax.checkpoint(run, policy=is_sum, prevent_cse=False)(kernel, *small)
+    return jax.checkpoint(run, prevent_cse=False)(kernel, *small)
 
 
 def _strides(method, shape):
