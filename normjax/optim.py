@@ -162,7 +162,7 @@ def unit_rows(
 ) -> optax.GradientTransformation:
     """Ends every step with the rows of kernels at length one: a projection onto spheres.
 
-    Loshchilov et al., *nGPT*, 2024, section 2.6, https://arxiv.org/abs/2410.01131
+    Loshchilov et al., *nGPT*, 2024, https://arxiv.org/abs/2410.01131
 
     Placed last in the chain it changes the updates, which then are in at least float32. The rows
     are those of `normjax.StrictWeightNorm(feature_axes=feature_axes)`, of the named parameters, or

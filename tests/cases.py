@@ -477,9 +477,7 @@ KERNELS = {
         nj.ScaledWeightStandardization(gamma=1.7), (16, 3, 4), collectives=2
     ),
     "SpectralWeightNorm": Case(nj.SpectralWeightNorm(), (16, 3, 4), collectives=2),
-    "SpectralWeightNorm, bound": variant(
-        nj.SpectralWeightNorm(operator="bound", iterations=2, strides=2),
-        (8, 3, 2, 4),
-        collectives=3,
+    "SpectralWeightNorm, two axes, two steps": variant(
+        nj.SpectralWeightNorm(feature_axes=(1, -1), iterations=2), (8, 3, 2, 4), collectives=3
     ),
 }

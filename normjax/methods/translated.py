@@ -70,7 +70,7 @@ class TReLU(PointwiseFields):
     """Translated ReLU: `max(x, a)` with a learned threshold `a` for each feature.
 
     Xiang & Li, *On the Effects of Batch and Weight Normalization in Generative Adversarial
-    Networks*, 2017, section 3, https://arxiv.org/abs/1704.03971
+    Networks*, 2017, https://arxiv.org/abs/1704.03971
 
     Behind a layer with strict weight norm it makes what ReLU makes behind a plain one, up to an
     affine map that the next layer can take in: `relu(w x + b)` is `|w| max(w x / |w|, a) + b` with
@@ -124,7 +124,7 @@ class TPReLU(PointwiseFields):
     """Translated parametric ReLU: `x` above a learned threshold, and a learned slope below it.
 
     Xiang & Li, *On the Effects of Batch and Weight Normalization in Generative Adversarial
-    Networks*, 2017, section 3, https://arxiv.org/abs/1704.03971
+    Networks*, 2017, https://arxiv.org/abs/1704.03971
 
     `prelu(x - a; s) + a` for each feature, with the slope taken to the nearest in [0, 1]: at 1 it
     is the identity, at 0 `TReLU`. As in the public implementation (stormraiser/gan-weightnorm-

@@ -205,7 +205,7 @@ class StrictWeightNorm(NormFields):
     """Strict weight normalization: `w / |w|` for every row `w` of a kernel, and no scale.
 
     Xiang & Li, *On the Effects of Batch and Weight Normalization in Generative Adversarial
-    Networks*, 2017, section 3, https://arxiv.org/abs/1704.03971
+    Networks*, 2017, https://arxiv.org/abs/1704.03971
 
     White input of variance one gives output of variance one. Layers are meant to have no bias and
     to be followed by `TPReLU`; the last one has a scale and a bias (`WeightNorm`). The output does
@@ -253,7 +253,7 @@ class WeightStandardization(KernelFields):
     """Weight standardization: every row of a kernel gets mean zero and variance one.
 
     Qiao et al., *Micro-Batch Training with Batch-Channel Normalization and Weight Standardization*,
-    2019, equation 5, https://arxiv.org/abs/1903.10520
+    2019, https://arxiv.org/abs/1903.10520
 
     For layers in front of a group norm, which undoes the size of the output. The variance is that
     of the population, as in timm; a row of equal weights gives zeros.
@@ -304,7 +304,7 @@ class ScaledWeightStandardization(KernelFields):
     """Scaled weight standardization: rows of mean zero and norm `gamma`, and a scale for each.
 
     Brock, De & Smith, *Characterizing signal propagation to close the performance gap in
-    unnormalized ResNets*, 2021, equation 2, https://arxiv.org/abs/2101.08692
+    unnormalized ResNets*, 2021, https://arxiv.org/abs/2101.08692
 
     For networks without norms: with `gamma` that of the activation, layers keep the variance of
     their input. The epsilon is added to the variance of a row, as in timm; the authors' code takes
@@ -394,7 +394,7 @@ class SpectralWeightNorm(KernelFields):
     group. For transposed convolutions take `feature_axes=-2`, the inputs, in both.
 
     Attributes:
-      feature_axes, axis_name: as in `WeightNorm`; for "torus" one axis, and no `axis_name`.
+      feature_axes, axis_name: as in `WeightNorm`; for "torus" one axis, `axis_name` for "matrix" alone.
       epsilon: added to the square of the factor, a number > 0. A kernel of zeros gives zeros, and
         leaves the vector where it is.
       iterations: steps of the power iteration in training, a positive integer; `init` takes 15.
@@ -403,7 +403,8 @@ class SpectralWeightNorm(KernelFields):
       strides: those of the convolution, for "bound": an integer, or one for each window axis.
 
     Raises:
-      ValueError: as in `WeightNorm`; for a `map_size` without "torus", or the reverse.
+      ValueError: as in `WeightNorm`; for a `map_size` without "torus", or the reverse; for one
+        that does not fit the kernel.
       TypeError: as in `WeightNorm`.
 
     Example:
@@ -430,8 +431,10 @@ class SpectralWeightNorm(KernelFields):
         wrong, torus = None, self.operator == "torus"
         if torus != (self.map_size is not None):
             wrong = f"map_size={self.map_size}: exactly 'torus' needs the size of the maps."
-        elif torus and (self.axis_name is not None or len(several(self.feature_axes)) != 1):
-            wrong = "takes whole kernels with one feature axis."
+        elif torus and len(several(self.feature_axes)) != 1:
+            wrong = f"with feature_axes={self.feature_axes}, but it needs one axis."
+        elif self.operator != "matrix" and self.axis_name is not None:
+            wrong = f"with axis_name={self.axis_name!r}, but it takes whole kernels."
         if wrong:
             raise ValueError(f"SpectralWeightNorm: operator={self.operator!r} {wrong}")
 

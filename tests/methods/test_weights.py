@@ -255,9 +255,14 @@ def test_zeros_are_harmless():
             "map_size=.2, 8. does not fit a kernel",
         ),
         (
-            lambda: nj.SpectralWeightNorm(operator="torus", map_size=(8,), axis_name="a"),
+            lambda: nj.SpectralWeightNorm(operator="bound", axis_name="a"),
             (3, 2),
-            "takes whole kernels",
+            "axis_name='a', but it takes whole kernels",
+        ),
+        (
+            lambda: nj.SpectralWeightNorm(operator="torus", map_size=(8,), feature_axes=(0, 1)),
+            (3, 2),
+            "needs one axis",
         ),
     ],
 )
