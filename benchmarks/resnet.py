@@ -30,7 +30,7 @@ class ResNet(nn.Module):
     """Residual network of bottleneck blocks, https://arxiv.org/abs/1512.03385, for images.
 
     The stride of a block is that of its 3x3 convolution; the last scale of a branch starts at 0.
-    Parameters are float32, everything else bfloat16.
+    Parameters and the logits are float32.
 
     Attributes:
       norm: makes a batch norm from Flax's fields.
@@ -38,20 +38,22 @@ class ResNet(nn.Module):
       stages: blocks of each stage.
       width: channels of the first convolution.
       classes: number of classes.
+      dtype: of all else.
     """
 
-    norm: Callable[..., nn.Module]
+    norm: Callable[..., Callable]
     inside: bool = False
     stages: tuple[int, ...] = (3, 4, 6, 3)
     width: int = 64
     classes: int = 1000
+    dtype: Any = jnp.bfloat16
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Logits f32[N, classes] of images [N, H, W, C]."""
 
         def conv(x, features, size, stride=1):
-            kind = {"use_bias": False, "dtype": jnp.bfloat16}
+            kind = {"use_bias": False, "dtype": self.dtype}
             return nn.Conv(features, (size, size), (stride, stride), **kind)(x)
 
         def norm(x, relu=True, **how):

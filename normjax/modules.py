@@ -1,17 +1,18 @@
 """The modules of a Flax model as it calls them, for Linen and NNX alike."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 from flax.typing import PathParts
 
 import normjax.linen
 import normjax.nnx
 
-__all__ = ["Visit", "norms", "visit"]
+__all__ = ["Visit", "intercept", "norms", "visit"]
 
 
 class Visit(NamedTuple):
@@ -52,19 +53,51 @@ def visit(model: linen.Module | nnx.Module, *args: Any, **kwargs: Any) -> list[V
       >>> [(call.path, type(call.module).__name__, call.output.shape) for call in calls[1:]]
       [(('layers', 0), 'Linear', (2, 5)), (('layers', 1), 'LayerNorm', (2, 5))]
     """
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    arrays = {i: a for i, a in enumerate(leaves) if hasattr(a, "shape") and hasattr(a, "dtype")}
+    calls = []
 
-    def given(arrays):
-        return structure.unflatten(arrays.get(i, leaf) for i, leaf in enumerate(leaves))
+    def note(path, module, call, args, kwargs):
+        place = len(calls)
+        calls.append(None)
+        output = call(*args, **kwargs)
+        calls[place] = Visit(path, module, args, kwargs, output)
+        return output
 
+    run, *inputs = intercept(model, note, *args, **kwargs)
+    jax.eval_shape(run, *jax.tree.map(_shape, inputs))
+    return calls
+
+
+def _shape(a):
+    """An array without its numbers, and without its place on a mesh, which says nothing here."""
+    return jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a))
+
+
+def intercept(
+    model: linen.Module | nnx.Module, around: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[Callable[[Any, Any], Any], Any, Any]:
+    """A model as a function whose modules are all called by `around`, for a trace of JAX.
+
+    Returns `run`, `variables` and `arrays`. `run(variables, arrays)` calls the model with `args`
+    and `kwargs`, which are those of `visit`, and returns the arrays of its output; `variables` are
+    those of the model. In it `around(path, module, call, args, kwargs)` takes the place of each
+    call of a module, with path and module as in `Visit`; it returns what `call(*args, **kwargs)`
+    does, or something else. The model stays as it is.
+
+    Example:
+      >>> import jax, flax.linen as nn, normjax.modules as modules
+      >>> model, x = nn.Sequential([nn.Dense(5), nn.relu]), jax.numpy.ones((2, 4))
+      >>> half = lambda path, module, call, args, kwargs: call(*args, **kwargs) / 2
+      >>> run, *inputs = modules.intercept(model, half, model.init(jax.random.key(0), x), x)
+      >>> [y.shape for y in jax.eval_shape(run, *inputs)]
+      [(2, 5)]
+    """
     if isinstance(model, nnx.Module):
-        return _visit_nnx(model, given, arrays)
+        return _intercept_nnx(model, around, args, kwargs)
     if not isinstance(model, linen.Module):
-        raise TypeError(f"visit: {model!r} is not a module of flax.linen or flax.nnx.")
+        raise TypeError(f"modules: {model!r} is not a module of flax.linen or flax.nnx.")
     if not args or not isinstance(args[0], Mapping):
-        raise TypeError("visit: a Linen module needs its variables as the first argument.")
-    return _visit_linen(model, given, arrays)
+        raise TypeError("modules: a Linen module needs its variables as the first argument.")
+    return _intercept_linen(model, around, args[0], args[1:], kwargs)
 
 
 def norms(model: linen.Module | nnx.Module, *args: Any, **kwargs: Any) -> dict[PathParts, Any]:
@@ -90,60 +123,56 @@ def norms(model: linen.Module | nnx.Module, *args: Any, **kwargs: Any) -> dict[P
     }
 
 
-def _visit_linen(model, given, arrays):
-    calls = []
+def _arrays(tree):
+    """The arrays of a tree by their number, and a function that puts others in their place."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = {i: a for i, a in enumerate(leaves) if hasattr(a, "shape") and hasattr(a, "dtype")}
+    given = lambda new: structure.unflatten(new.get(i, leaf) for i, leaf in enumerate(leaves))
+    return arrays, given
 
-    def record(call, args, kwargs, context):
+
+def _intercept_linen(model, around, variables, args, kwargs):
+    arrays, given = _arrays((args, kwargs))
+
+    def intercepted(call, args, kwargs, context):
         if context.method_name != "__call__":
             return call(*args, **kwargs)
-        place = len(calls)
-        calls.append(None)
-        output = call(*args, **kwargs)
         module = context.module
-        calls[place] = Visit(module.path, module.clone(parent=None), args, kwargs, output)
-        return output
+        return around(module.path, module.clone(parent=None), call, args, kwargs)
 
-    def run(arrays):
+    def run(variables, arrays):
         args, kwargs = given(arrays)
-        variables = args[0]
         mutable = kwargs.pop("mutable", [name for name in variables if name != "params"])
-        with linen.intercept_methods(record):
-            return model.apply(*args, **kwargs, mutable=mutable)
+        with linen.intercept_methods(intercepted):
+            output = model.apply(variables, *args, **kwargs, mutable=mutable)
+        output = output if mutable is False else output[0]
+        return list(_arrays(output)[0].values())
 
-    jax.eval_shape(run, arrays)
-    return calls
+    return run, variables, arrays
 
 
-def _visit_nnx(model, given, arrays):
-    calls = []
+def _intercept_nnx(model, around, args, kwargs):
+    arrays, given = _arrays((args, kwargs))
     own = dict(nnx.iter_modules(model))
     structure, state = nnx.split(model)
-
-    def note(path, call, args, kwargs):
-        place = len(calls)
-        calls.append(None)
-        output = call(*args, **kwargs)
-        calls[place] = Visit(path, own[path], args, kwargs, output)
-        return output
 
     def run(state, arrays):
         copy = nnx.merge(structure, state)
         for path, module in list(nnx.iter_modules(copy)):
-            object.__setattr__(module, "__class__", _noting(type(module)))
-            object.__setattr__(module, "_note_call", functools.partial(note, path))
+            object.__setattr__(module, "__class__", _intercepted(type(module)))
+            object.__setattr__(module, "_around", functools.partial(around, path, own[path]))
         args, kwargs = given(arrays)
-        copy(*args, **kwargs)
+        return list(_arrays(copy(*args, **kwargs))[0].values())
 
-    jax.eval_shape(run, state, arrays)
-    return calls
+    return run, state, arrays
 
 
 @functools.cache
-def _noting(kind):
-    """A subclass whose instances note their calls."""
+def _intercepted(kind):
+    """A subclass whose instances give their calls to `_around`."""
 
-    class Noting(kind):
+    class Intercepted(kind):
         def __call__(self, *args, **kwargs):
-            return self._note_call(super().__call__, args, kwargs)
+            return self._around(super().__call__, args, kwargs)
 
-    return Noting
+    return Intercepted

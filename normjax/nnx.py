@@ -22,7 +22,7 @@ from normjax.core.fields import Configuration
 from normjax.core.method import observes, of_statistics, traits
 from normjax.core.statistics import whole
 from normjax.core.structs import to_dict
-from normjax.core.tracing import without_initializers
+from normjax.core.tracing import as_written, without_initializers
 
 NOTE = """
     As an NNX module (`normjax.nnx`) it takes `num_features` first, these fields,
@@ -114,22 +114,35 @@ class Norm(nnx.Module):
             raise TypeError(f"{type(self).__name__}: use_running_average={said!r} {hint}")
         hint = "use_running_average was given neither at construction nor at the call."
         evaluate = first_from(said, field, error_msg=f"{type(self).__name__}: {hint}")
+        return self._normalize(x, evaluate, mask, inputs)
+
+    def _normalize(self, x, evaluate, mask, inputs):
         params, state = self.unpack()
         key = self.rngs() if not evaluate and traits(self.method).random else None
         how = dict(train=not evaluate, mask=mask, key=key, **inputs)
-        y, state = self.method.apply(params, state, x, **how)
-        moved = {} if evaluate else flatten_dict(to_dict(state))
-        for path, value in moved.items():
-            self._variable(path).set_value(jax.lax.stop_gradient(value))
-        if Seen in map(type, getattr(self, "__captures__", ())) and observes(self.method):
-            seen = self.method.observe(x, mask, **of_statistics(inputs))
-            self.sow(Seen, "seen", whole(seen))
+        wanted = Seen in map(type, getattr(self, "__captures__", ())) and observes(self.method)
+
+        def run():
+            y, moved = self.method.apply(params, state, x, **how)
+            seen = wanted and self.method.observe(x, mask, **of_statistics(inputs))
+            return y, (moved, seen and whole(seen))
+
+        y, (moved, seen) = as_written(run, x)
+        if not evaluate:
+            self.pack(moved)
+        if seen:
+            self.sow(Seen, "seen", seen)
         return y
 
     def unpack(self) -> tuple[Any, Any]:
         """Parameters and state of the method, as the variables are now."""
         params, state = jax.tree.unflatten(self._structure, range(self._structure.num_leaves))
         return self._values(params), self._values(state)
+
+    def pack(self, state: Any) -> None:
+        """Sets the running statistics to those of a state of the method."""
+        for path, value in flatten_dict(to_dict(state)).items():
+            self._variable(path).set_value(jax.lax.stop_gradient(value))
 
     def set_view(self, use_running_average: bool | None = None):
         """Used by `nnx.view`.

@@ -35,6 +35,13 @@ __all__ = [
 ]
 
 
+def _named(name, paths, patterns):
+    """Indices of the paths that a pattern matches; ValueError, by `name`, without patterns."""
+    if not patterns:
+        raise ValueError(f"{name}: no patterns are given, such as 'stem' or '*/norm_?'.")
+    return matches(name, paths, patterns)
+
+
 def label_parameters(params: Any, overrides: Mapping[str, str] | None = None) -> Any:
     """What each parameter is, in the structure of `params`: for `optax.multi_transform`.
 
@@ -151,7 +158,7 @@ def freeze(*patterns: str) -> optax.GradientTransformation:
 
     def named(params):
         paths, leaves, structure = flatten(params)
-        found = matches("freeze", paths, patterns)
+        found = _named("freeze", paths, patterns)
         return structure.unflatten(i in found for i in range(len(leaves)))
 
     return optax.masked(optax.set_to_zero(), named)
@@ -222,7 +229,7 @@ def keep_statistics(new: Any, old: Any, *patterns: str) -> Any:
         raise ValueError(
             f"keep_statistics: the new and the old statistics differ in {', '.join(different)}."
         )
-    for i in matches("keep_statistics", paths, patterns):
+    for i in _named("keep_statistics", paths, patterns):
         leaves[i] = old_leaves[i]
     return structure.unflatten(leaves)
 

@@ -37,11 +37,9 @@ def matches(
 ) -> set[int]:
     """Indices of the paths that a pattern matches, in whole or up to a slash.
 
-    `within`: patterns may begin anywhere in a path, behind a slash. ValueError, by `name`, without
-    patterns or for one that matches nothing.
+    `within`: patterns may begin anywhere in a path, behind a slash. ValueError, which begins with
+    `name`, for one that matches nothing.
     """
-    if not patterns:
-        raise ValueError(f"{name}: no patterns are given, such as 'stem' or '*/norm_?'.")
     tails = [range(len(path)) if within else (0,) for path in paths]
     texts = [[t for k in at for t in starts(p[k:])] for p, at in zip(paths, tails, strict=True)]
     found = set()

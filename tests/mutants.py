@@ -58,7 +58,11 @@ AFFINE, DYNAMIC, NOISE, KALMAN = (
 DERF = "normjax/methods/derf.py"
 RUNNING_NORM = "normjax/methods/running_norm.py"
 LINEN, CARRY = (f"normjax/linen/{name}.py" for name in ("__init__", "carry"))
+FOLDED, FOLDED_ARRAYS, FOLDED_MODELS, FOLDED_PROGRAM = (
+    f"normjax/folding/{name}.py" for name in ("__init__", "arrays", "models", "program")
+)
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
+INTEROP = "normjax/interop.py"
 BALANCE, WHITENESS = (f"normjax/analysis/{name}.py" for name in ("balance", "whitening"))
 MATRICES, ROOTS = (f"normjax/core/{name}.py" for name in ("matrices", "roots"))
 WHITENING = "normjax/methods/whitening.py"
@@ -1682,9 +1686,210 @@ OF_KERNELS = {
     ),
 }
 
+POPULATION, OBSERVERS, MICROBATCHES = (
+    f"normjax/{name}.py" for name in ("population", "observers", "training/microbatches")
+)
+OF_POPULATIONS = {
+    "old statistics not forgotten": Mutant(
+        POPULATION,
+        'replace(method, momentum=0.0, running_average="exponential")',
+        'replace(method, momentum=0.01, running_average="exponential")',
+        some("test_population.py", "all_valid_values and exponential"),
+    ),
+    "average of whitening's correlations moved by one step": Mutant(
+        POPULATION,
+        '("covariance", 0.5)',
+        '("covariance", 0.25)',
+        some("test_population.py", "of_whitening"),
+    ),
+    "values pooled with those before": Mutant(
+        POPULATION,
+        "fresh = Pool(count, ",
+        "fresh = Pool(count + 1, ",
+        some("test_population.py", "all_valid_values and pooled"),
+    ),
+    "layers recalibrated in one pass": Mutant(
+        POPULATION,
+        "passes >= _norms(run.sites, seen)",
+        "passes >= 1",
+        some("test_population.py", "whatever_the_batches"),
+    ),
+    "an old statistic that is not a number stays": Mutant(
+        POPULATION,
+        "jnp.where(jnp.isfinite(a), a, jnp.ones((), a.dtype))",
+        "a",
+        some("test_population.py", "of_layers_against"),
+    ),
+    "a batch lost where sums are carried": Mutant(
+        POPULATION,
+        "_merge(levels[level], seen), None",
+        "levels[level], None",
+        some("test_population.py", "do_not_round"),
+    ),
+    "spread of the replicas' means left out": Mutant(
+        POPULATION,
+        "average(a + sum(map(jnp.square, gaps)))",
+        "average(a)",
+        some("test_population.py", "mixture_of_replicas"),
+    ),
+    "replicas weigh alike": Mutant(
+        POPULATION,
+        "weight = jnp.ones(()) if counts is None else counts",
+        "weight = jnp.ones(())",
+        some("test_population.py", "mixture_of_replicas"),
+    ),
+    "only the last call of a norm is observed": Mutant(
+        OBSERVERS,
+        "module.put_variable(STATISTICS, SEEN, merge(before, seen))",
+        "module.put_variable(STATISTICS, SEEN, seen)",
+        some("test_population.py", "shared_norm"),
+    ),
+    "branches take what others see": Mutant(
+        OBSERVERS,
+        "dtype=branch.dtype) == branch",
+        "dtype=branch.dtype) <= branch",
+        some("test_population.py", "branches"),
+    ),
+    "parts weigh alike, whatever counts in them": Mutant(
+        MICROBATCHES,
+        'return sums.sums["loss"] + penalty,',
+        'return sums.means()["loss"] * 4 + penalty,',
+        some("test_microbatches.py", "whole_batch"),
+    ),
+    "statistics move with every part": Mutant(
+        MICROBATCHES,
+        'if statistics != "sequential":',
+        "if False:",
+        some("test_microbatches.py", "is_ghost_norm"),
+    ),
+    "gradients summed in half precision": Mutant(
+        MICROBATCHES,
+        "jnp.promote_types(a.dtype, jnp.float32)",
+        "a.dtype",
+        some("test_microbatches.py", "half_precision"),
+    ),
+    "parts without a sample count": Mutant(
+        MICROBATCHES,
+        "return jnp.any(count > 0, range(1, count.ndim))",
+        "return jnp.any(count >= 0, range(1, count.ndim))",
+        some("test_microbatches.py", "by_choice"),
+    ),
+}
+
+OF_FOLDING = {
+    "a mean folded without the slope": Mutant(
+        FOLDED_ARRAYS,
+        "b = (b - mean) * slope + shift",
+        "b = b * slope - mean + shift",
+        some("test_folding.py", "takes_the_norm_behind_it"),
+    ),
+    "a matrix in front of a layer transposed": Mutant(
+        FOLDED_ARRAYS,
+        "folded = matrices.times(k, of.matrix, (at",
+        "folded = matrices.times(k, of.matrix.mT, (at",
+        some("test_folding.py", "blocks_of_whitening"),
+    ),
+    "the bias of a layer folded twice": Mutant(
+        FOLDED_ARRAYS,
+        "total = k * passes.lift(shift, at, k.ndim)",
+        "total = folded * passes.lift(shift, at, k.ndim)",
+        some("test_folding.py", "takes_the_norm_in_front_of_it"),
+    ),
+    "zeros between positions forgotten": Mutant(
+        FOLDED_PROGRAM,
+        "pads or spreads)",
+        "pads)",
+        some("test_folding.py", "takes_the_norm_in_front_of_it"),
+    ),
+    "other takers of an output forgotten": Mutant(
+        FOLDED,
+        "if program.takers[p] != [i]:",
+        "if i not in program.takers[p]:",
+        some("test_folding.py", "not_folded_and_why"),
+    ),
+    "other uses of a kernel forgotten": Mutant(
+        FOLDED_PROGRAM,
+        'if self.uses.get(edit.leaf(call, leaf), leaf == "bias") != 1:',
+        "if False:",
+        some("test_folding.py", "not_folded_and_why"),
+    ),
+    "the activation of a folded norm dropped": Mutant(
+        FOLDED,
+        "return method.epilogue(), method.dtype",
+        "return None, method.dtype",
+        some("test_folding.py", "resnet_of_linen"),
+    ),
+    "offset of a scale forgotten": Mutant(
+        FOLDED,
+        'scale = scale.astype(passes.wide(scale.dtype)) + getattr(method, "scale_offset", 0)',
+        "scale = scale.astype(passes.wide(scale.dtype))",
+        some("test_folding.py", "attention_and_mlp"),
+    ),
+    "a folded model at another path": Mutant(
+        FOLDED_MODELS,
+        "path = module.path[len(self.path) :]",
+        "path = module.path",
+        some("test_folding.py", "is_a_module"),
+    ),
+}
+
+OF_INTEROP = {
+    "kernels of transposed convolutions flipped the other way": Mutant(
+        INTEROP,
+        "transposed and rules.flips != whole",
+        "transposed and rules.flips == whole",
+        some("test_interop.py", "transposed_convolutions"),
+    ),
+    "running variances converted the wrong way": Mutant(
+        INTEROP,
+        "int(ours) - int(LIBRARIES[self.library].unbiased)",
+        "int(LIBRARIES[self.library].unbiased) - int(ours)",
+        some("test_interop.py", "running_variances"),
+    ),
+    "offsets of scales added up": Mutant(
+        INTEROP,
+        "return self.scale_offset - getattr(",
+        "return self.scale_offset + getattr(",
+        some("test_interop.py", "scales_around_zero"),
+    ),
+    "leaves without an array": Mutant(
+        INTEROP,
+        "for i, path in enumerate(paths) if i not in taken]",
+        "for i, path in enumerate(paths) if i < 0]",
+        some("test_interop.py", "is_listed"),
+    ),
+    "an array for two leaves": Mutant(
+        INTEROP,
+        "taken.add(j)",
+        "pass",
+        some("test_interop.py", "is_listed"),
+    ),
+    "dtypes of the arrays": Mutant(
+        INTEROP,
+        "a = np.asarray(a).astype(like.dtype)",
+        "a = np.asarray(a)",
+        some("test_interop.py", "dtypes_and_shardings"),
+    ),
+    "hidden averages debiased": Mutant(
+        INTEROP,
+        "average * -math.expm1(",
+        "average / -math.expm1(",
+        some("test_interop.py", "averages_of_haiku"),
+    ),
+    "fields of methods inside of methods are not compared": Mutant(
+        INTEROP,
+        "elif isinstance(value, list) and value:",
+        "elif isinstance(value, dict) and value:",
+        some("test_interop.py", "configuration_of_norms"),
+    ),
+}
+
 MUTANTS = {
     **OF_KERNELS,
     **OF_ANALYSIS,
+    **OF_POPULATIONS,
+    **OF_FOLDING,
+    **OF_INTEROP,
     **OF_WHITENING,
     **OF_WEIGHTS,
     **OF_SEGMENTS,

@@ -117,6 +117,7 @@ def nnx_class(name, cls):
     if name == "Norm":
         lines += [CALL.rstrip()]
         lines += ["    def unpack(self) -> tuple[Any, Any]: ..."]
+        lines += ["    def pack(self, state: Any) -> None: ..."]
         lines += ["    def set_view(self, use_running_average: bool | None = None) -> None: ..."]
         lines += ["    def __getattr__(self, name: str) -> Any: ..."]
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx as fnnx
 
 import normjax as nj
-from normjax import linen, nnx, optim
+from normjax import linen, nnx, optim, paths
 
 KEY = jax.random.key(0)
 OPTIMIZER_FILES = vector_files.names("bn_param_groups")
@@ -22,8 +22,8 @@ OPTIMIZER_FILES = vector_files.names("bn_param_groups")
 
 def by_path(tree):
     """Leaves by path, the variables of NNX as their values."""
-    paths, leaves, _ = optim._flatten(tree)
-    return dict(zip(map("/".join, paths), leaves, strict=True))
+    names, leaves, _ = paths.flatten(tree)
+    return dict(zip(map("/".join, names), leaves, strict=True))
 
 
 def draw(seed, *shape):

@@ -44,11 +44,13 @@ LAYERS = [
     ["kernels"],
     ["linen", "nnx", "optim", "testing"],
     ["testing.__init__"],
-    ["modules"],
-    ["population", "folding", "interop"],
+    ["modules", "observers"],
+    ["folding"],
+    ["population", "folding.__init__", "interop"],
     ["training.placement", "training.memory", "training.models"],
-    ["training.microbatches", "linen.carry"],
+    ["linen.carry"],
     ["training"],
+    ["training.microbatches", "training.checkpoints"],
     ["training.__init__"],
     ["analysis.layers", "analysis.figures"],
     ["analysis"],
@@ -131,6 +133,10 @@ def third_party(name):
         dependencies = ["jax", "numpy"]
     elif is_testing(name):
         dependencies = ["jax", "numpy", "chex"]
+    elif name == "normjax.interop":
+        dependencies = [*dependencies, "safetensors"]
+    elif name == "normjax.training.checkpoints":
+        dependencies = [*dependencies, "orbax"]
     elif name.startswith("normjax.analysis."):
         dependencies = [*dependencies, "matplotlib"]
     return sys.stdlib_module_names | {re.match(r"[\w.-]+", text)[0] for text in dependencies}
@@ -188,7 +194,9 @@ def test_import_normjax_brings_no_framework():
 def public_modules():
     """The package, its front ends and tools; of `propagate` and the like the package alone."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
-    hidden = re.compile(r"normjax\.(core|methods|paths|kernels|(propagate|testing|training)\.)")
+    hidden = re.compile(
+        r"normjax\.(core|methods|paths|kernels|(folding|propagate|testing|training)\.)"
+    )
     return sorted(name for name in names if not hidden.match(name))
 
 

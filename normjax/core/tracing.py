@@ -1,7 +1,8 @@
-"""Tracing `apply` once for all layers of one configuration and shape."""
+"""Tracing `apply` once for all layers of one configuration and shape, and as it is written."""
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -44,6 +45,23 @@ def traced_once(apply: Apply) -> Apply:
         return out
 
     return cast(Apply, run)
+
+
+def as_written(run: Callable[[], tuple[Any, Any]], x: Any) -> tuple[Any, Any]:
+    """What `run` returns, the output for `x` and more, without what qwix puts in its place.
+
+    In a quantized model qwix replaces functions of JAX: it rounds the operands of products, and for
+    ODML of all arithmetic. Of norms it knows those of Flax alone, by name; of others the running
+    statistics would be averages of rounded numbers.
+    """
+    manager: Any = getattr(sys.modules.get("qwix._src.interception"), "interception_manager", None)
+    if manager is None or not (replaced := manager.disable_interception()):
+        return run()
+    try:
+        y, more = run()
+    finally:
+        manager.enable_interception(replaced)
+    return jax.lax.optimization_barrier((x, y))[1], more  # by which qwix sees that y comes of x
 
 
 def without_initializers(method: Any) -> Any:

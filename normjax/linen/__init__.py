@@ -22,6 +22,7 @@ from normjax.core.fields import Configuration
 from normjax.core.method import Traits, feature_sizes, observes, of_statistics, traits
 from normjax.core.statistics import whole
 from normjax.core.structs import from_dict, to_dict
+from normjax.core.tracing import as_written
 
 NOTE = """
     As a Linen module (`normjax.linen`) it takes these fields and those of `flax.linen.Module`;
@@ -71,13 +72,20 @@ class Front(nn.Module):
         params = from_dict(params, made)
         state = from_dict(state, {name: cell.value for name, cell in cells.items()})
         key = self.make_rng("ghost") if train and traits(method).random else None
-        y, state = method.apply(params, state, x, train=train, mask=mask, key=key, **inputs)
-        if train:
-            for name, value in to_dict(state).items():
-                cells[name].value = value
         wanted = self.is_mutable_collection("moments") and not self.is_initializing()
-        if wanted and observes(method):
-            self.sow("moments", "seen", whole(method.observe(x, mask, **of_statistics(inputs))))
+
+        def run():
+            how = dict(train=train, mask=mask, key=key, **inputs)
+            y, moved = method.apply(params, state, x, **how)
+            seen = wanted and observes(method) and method.observe(x, mask, **of_statistics(inputs))
+            return y, (moved, seen and whole(seen))
+
+        y, (moved, seen) = as_written(run, x)
+        if train:
+            for name, value in to_dict(moved).items():
+                cells[name].value = value
+        if seen:
+            self.sow("moments", "seen", seen)
         return y
 
     def _shapes(self, x):

@@ -62,7 +62,7 @@ class Chain(Configuration):
     def init(self, key: Key, features: Features) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parameters and state under "<class>_<position>"; `features` is the same for all."""
         params, state = {}, {}
-        for name, method, part in self._named(key):
+        for name, method, part in self.named(key):
             params[name], state[name] = method.init(part, features)
         return params, state
 
@@ -82,15 +82,15 @@ class Chain(Configuration):
             names = ", ".join(type(method).__name__ for method in self.methods)
             raise TypeError(f"Chain: no method of {names} takes an input {min(unknown)!r}.")
         new = {}
-        for name, method, part in self._named(key):
+        for name, method, part in self.named(key):
             own = {k: value for k, value in inputs.items() if k in traits(method).inputs}
             x, new[name] = method.apply(
                 params[name], state[name], x, train=train, mask=mask, key=part, **own
             )
         return x, new
 
-    def _named(self, key):
-        """Name, method and key of each."""
+    def named(self, key: Key) -> list[tuple[str, Any, Key]]:
+        """The name, the method and the key of each."""
         number = len(self.methods)
         keys = [None] * number if key is None else list(jax.random.split(key, number))
         return [(f"{type(m).__name__}_{i}", m, keys[i]) for i, m in enumerate(self.methods)]

@@ -124,9 +124,11 @@ class Ghost(Configuration):
         """Statistics of the whole batch."""
         return self.method.observe(x, mask, **inputs)
 
-    def evaluation(self, params: Any, state: Any, x: Any = None, mask: Mask = None) -> Any:
+    def evaluation(
+        self, params: Any, state: Any, x: Any = None, mask: Mask = None, **inputs: Any
+    ) -> Any:
         """That of the method."""
-        return self.method.evaluation(params, state, x, mask)
+        return self.method.evaluation(params, state, x, mask, **inputs)
 
     def absorb(self, state: Any, seen: Any) -> Any:
         """The state moved by statistics of the whole batch."""

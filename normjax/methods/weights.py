@@ -394,8 +394,8 @@ class SpectralWeightNorm(KernelFields):
     group. For transposed convolutions take `feature_axes=-2`, the inputs, in both.
 
     Attributes:
-      feature_axes, axis_name: as in `WeightNorm`; "torus" needs one axis, and only "matrix" takes an
-        `axis_name`.
+      feature_axes, axis_name: as in `WeightNorm`; "torus" needs one axis, and only "matrix" takes
+        an `axis_name`.
       epsilon: added to the square of the factor, a number > 0. A kernel of zeros gives zeros, and
         leaves the vector where it is.
       iterations: steps of the power iteration in training, a positive integer; `init` takes 15.

@@ -1,5 +1,9 @@
 """Training of Flax models with norms, on one device or many: steps, placement, memory."""
 
+from normjax.training.checkpoints import restore as restore
+from normjax.training.checkpoints import save as save
+from normjax.training.microbatches import accumulate as accumulate
+from normjax.training.microbatches import statistics_accumulator as statistics_accumulator
 from normjax.training.placement import pad_batch as pad_batch
 from normjax.training.placement import place as place
 from normjax.training.placement import placement as placement
@@ -19,6 +23,7 @@ __all__ = [
     "Metrics",
     "Step",
     "TrainState",
+    "accumulate",
     "create_train_state",
     "make_eval_step",
     "make_train_step",
@@ -27,5 +32,8 @@ __all__ = [
     "place",
     "placement",
     "replicate",
+    "restore",
+    "save",
     "shard_batch",
+    "statistics_accumulator",
 ]

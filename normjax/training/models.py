@@ -129,6 +129,13 @@ def opener(name: str, model: Any, streams: tuple[str, ...]) -> Callable[..., Ope
     raise TypeError(f"{name}: {model!r} is not a module of flax.linen or flax.nnx.")
 
 
+def stream_keys(key: jax.Array, streams: tuple[str, ...], device: Device) -> dict[str, jax.Array]:
+    """Keys of Linen's streams: of the device's own, but that for the global batch."""
+    keys = jax.random.split(key, 1 + len(streams))
+    named = zip((SHARED, *streams), keys, strict=True)
+    return {name: one if name == SHARED else device.fold(one) for name, one in named}
+
+
 def _open_linen(model, streams, params, statistics, key, train, device):
     calls, now = 0, statistics
 
@@ -136,10 +143,7 @@ def _open_linen(model, streams, params, statistics, key, train, device):
         nonlocal calls, now
         rngs = {}
         if train:
-            names = (SHARED, *streams)
-            keys = jax.random.split(jax.random.fold_in(key, calls), len(names))
-            pairs = zip(names, keys, strict=True)
-            rngs = {name: k if name == SHARED else device.fold(k) for name, k in pairs}
+            rngs = stream_keys(jax.random.fold_in(key, calls), streams, device)
         calls += 1
         how = dict(rngs=rngs, mutable=list(now) if train else False)
         found = model.apply({"params": params, **now}, *args, **how, **kwargs)
@@ -156,16 +160,26 @@ def _open_nnx(structure, params, statistics, key, train, device):
     del key
     model = nnx.merge(structure, params, statistics, copy=True)  # of this trace
     model.train() if train else model.eval()
+    restore = own_streams(model, device)
+
+    def finish():
+        restore()
+        nnx.pop(model, nnx.Intermediate)
+        return nnx.split(model, nnx.Param, ...)[2]
+
+    return model, finish
+
+
+def own_streams(model: nnx.Module, device: Device) -> Callable[[], None]:
+    """Gives the streams of a model keys of the device's own, and returns what takes them back."""
     streams = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)]
     own = [stream for stream in streams if stream.tag != SHARED] if device.axes else []
     keys = [stream.key[...] for stream in own]
     for stream, key in zip(own, keys, strict=True):
         stream.key[...] = device.fold(key)
 
-    def finish():
+    def restore():
         for stream, key in zip(own, keys, strict=True):
             stream.key[...] = key
-        nnx.pop(model, nnx.Intermediate)
-        return nnx.split(model, nnx.Param, ...)[2]
 
-    return model, finish
+    return restore

@@ -1,4 +1,16 @@
-"""Compiled steps of training and evaluation, for one device or many, from one loss function."""
+"""Compiled steps of training and evaluation, for one device or many, from one loss function.
+
+Devices share the work in one of three ways, the `mode` of a step:
+
+- "jit": by the shardings of the state (`place`) and of the batch (`shard_batch`), over Auto or
+  Explicit axes. Statistics are global by themselves.
+- "shard_map": the samples are divided over an axis of a mesh, which norms must name, by
+  `axis_name`. They send one message forward and one backward, where "jit" may need two forward.
+- "pmap": the same over all local devices, with the state of `replicate`.
+
+Parameters that share an axis with the samples (FSDP) are gathered for the step, and their gradients
+are divided again. The optimizer sees whole arrays.
+"""
 
 import contextlib
 import functools
@@ -182,6 +194,7 @@ def make_train_step(
     axis: str | tuple[str, ...] = "data",
     ema_decay: float | None = None,
     streams: tuple[str, ...] = ("dropout",),
+    gradient: Callable[..., Any] | None = None,
 ) -> "Step":
     """A compiled training step, `step(state, batch) -> (state, Metrics)`.
 
@@ -196,19 +209,14 @@ def make_train_step(
       loss: `loss(model, batch, train)` returns a `Loss`. Its `model` is called as the module is, as
         often as needed: Linen's holds its variables and random streams, NNX's is in training mode
         (`model.train()`). `train` is True here, and False in `make_eval_step`.
-      mode: how several devices share the work.
-        "jit": by the shardings of state (`place`) and batch (`shard_batch`), over Auto or Explicit
-        axes. Statistics are global by themselves.
-        "shard_map": samples are divided over `axis` of `mesh`; the norms must name it, by
-        `axis_name`. Norms then send one message forward and one backward, where "jit" may need two
-        forward. "pmap": the same over all local devices, with the state of `replicate`.
-        Parameters that share an axis with the samples (FSDP) are gathered for the step, and their
-        gradients are divided again. The optimizer sees whole arrays.
+      mode: how several devices share the work, see `normjax.training.steps`.
       mesh: for "shard_map".
       axis: name, or names, of the axis of samples in "shard_map" and "pmap".
       ema_decay: the average of the parameters keeps this share of itself; needs a state with `ema`.
       streams: Linen's random streams besides "ghost". In "shard_map" and "pmap" each device draws
         numbers of its own from them, as from NNX's; "ghost" is the same on all of them.
+      gradient: what takes the gradient, such as `accumulate(model, loss, parts=4)`, which takes
+        it in parts of the batch; None: of the batch as a whole.
 
     ValueError for state and batch on different devices, for samples that the devices do not
     divide, and for statistics that differ between devices.
@@ -229,41 +237,48 @@ def make_train_step(
     opened = opener("make_train_step", model, streams)
     if ema_decay is not None:
         checks.require_number("make_train_step", "ema_decay", ema_decay, 0)
-
-    def gradient(state, batch, device):
-        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
-
-        def objective(params):
-            call, finish = opened(params, state.statistics, key, True, device)
-            result = loss(call, batch, True)
-            found = measure(result)
-            weight = device.sum(lax.stop_gradient(found.weight))
-            value = _ratio(found.sums["loss"], weight) + result.penalty / device.number
-            return value, (found, finish())
-
-        return jax.grad(objective, has_aux=True)(device.own(state.params))
-
-    def body(state, batch, device):
-        whole = state._replace(params=device.gather(state.params))
-        gradients, (found, statistics) = gradient(whole, batch, device)
-        gradients, found = device.reduce(gradients, found)
-        device.check(statistics)
-        return gradients, found, statistics
-
-    def update(state, gradients, found, statistics):
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            if ema is None:
-                raise ValueError(
-                    f"make_train_step: ema_decay={ema_decay!r}, but the state has no average. "
-                    "create_train_state(..., ema=True) makes one."
-                )
-            ema = optax.incremental_update(params, ema, 1 - ema_decay)
-        return TrainState(state.step + 1, params, statistics, opt_state, state.key, ema), found
-
+    body = functools.partial(_reduced, gradient or functools.partial(_gradient, opened, loss))
+    update = functools.partial(_update, optimizer, ema_decay)
     return Step("make_train_step", body, mode, mesh, axis, update)
+
+
+def _reduced(gradient, state, batch, device):
+    """The gradient as it lies in the state, the sums of all devices, and the statistics."""
+    whole = state._replace(params=device.gather(state.params))
+    gradients, (found, statistics) = gradient(whole, batch, device)
+    gradients, found = device.reduce(gradients, found)
+    device.check(statistics)
+    return gradients, found, statistics
+
+
+def _gradient(opened, loss, state, batch, device):
+    """The device's part of the gradient, its sums, and the statistics."""
+    key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+
+    def objective(params):
+        call, finish = opened(params, state.statistics, key, True, device)
+        result = loss(call, batch, True)
+        found = measure(result)
+        weight = device.sum(lax.stop_gradient(found.weight))
+        value = _ratio(found.sums["loss"], weight) + result.penalty / device.number
+        return value, (found, finish())
+
+    return jax.grad(objective, has_aux=True)(device.own(state.params))
+
+
+def _update(optimizer, ema_decay, state, gradients, found, statistics):
+    """The state after the optimizer's step."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema_decay is not None:
+        if ema is None:
+            raise ValueError(
+                f"make_train_step: ema_decay={ema_decay!r}, but the state has no average. "
+                "create_train_state(..., ema=True) makes one."
+            )
+        ema = optax.incremental_update(params, ema, 1 - ema_decay)
+    return TrainState(state.step + 1, params, statistics, opt_state, state.key, ema), found
 
 
 def make_eval_step(
@@ -277,7 +292,7 @@ def make_eval_step(
 ) -> "Step":
     """A compiled evaluation step, `step(state, batch) -> Metrics`: as `make_train_step`.
 
-    Nothing moves, there are no random numbers, and NNX models are in `eval()` mode.
+    Nothing moves, there are no random numbers, and NNX models are in evaluation mode.
 
     Args:
       ema: evaluate the averaged parameters. Running statistics belong to the others:

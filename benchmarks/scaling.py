@@ -1,0 +1,335 @@
+"""Training of a ResNet on many devices: `python -m benchmarks.scaling`.
+
+Two parts (`--parts`), each with flax.linen's batch norm, normjax's and no norm, by the same step of
+`normjax.training`:
+
+devices: a small network trains on 1, 2, 4 and 8 simulated devices. How far parameters and
+statistics end from those of one device, and what the program sends.
+
+pods: ResNet-50 is compiled for slices of 64 and 256 TPUs that are not there (extra
+`compilers-tpu`). What the program sends, and what a model of it says.
+
+Messages are operations between devices in the compiled program, for these layouts:
+
+- jit: the compiler divides one global program by how its arrays are sharded.
+- shard_map: each device runs its part, and norms name the axis.
+- data: the batch is sharded over all devices, parameters are replicated.
+- fsdp: parameters other than those of norms are sharded over the same devices too.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.compilers import targets, traffic
+
+ARMS = ("flax", "normjax", "no norm")
+LAYOUTS = {
+    "jit, data": ("jit", None),
+    "jit, fsdp": ("jit", "data"),
+    "shard_map, data": ("shard_map", None),
+    "shard_map, fsdp": ("shard_map", "data"),
+}
+DEVICES = (1, 2, 4, 8)
+PODS = ("v5e:8x8", "v5e:16x16")
+PARTS = ("devices", "pods")
+STEPS = 3
+SMALL = {"size": 16, "width": 8, "stages": (1, 1), "classes": 10, "batch": 64}
+FULL = {"size": 224, "width": 64, "stages": (3, 4, 6, 3), "classes": 1000, "batch": 32}  # a chip
+# Of a chip of v5e, https://cloud.google.com/tpu/docs/v5e: 1600 Gbit/s between chips. The time of a
+# hop is an assumption; the option changes it.
+BANDWIDTH = 1600e9 / 8
+HOP = 1e-6
+FLAGS = "--xla_force_host_platform_device_count=8"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the parts, prints their tables and writes a file for each.
+
+    Returns:
+      0; 1 if a program did not compile; 2 after a line about a compiler that is not installed.
+    """
+    options = _options(argv)
+    if argv is None and os.environ.get("XLA_FLAGS") != FLAGS:
+        targets.prepare()
+        arguments = [sys.executable, "-m", "benchmarks.scaling", *sys.argv[1:]]
+        os.execve(sys.executable, arguments, {**os.environ, "XLA_FLAGS": FLAGS})
+    failed = False
+    for part in options.parts:
+        if part == "pods" and (sentence := targets.Target(options.slices[0]).missing()):
+            print(f"scaling: {sentence}", file=sys.stderr)
+            return 2
+        results = run(part, options)
+        show(part, results)
+        failed |= any("note" in row for row in results["rows"])
+        print(f"Written to {options.output}/{part}.json")
+    return int(failed)
+
+
+def _options(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    text = f"slices of TPUs (default: {' '.join(PODS)})"
+    parser.add_argument("--slices", nargs="+", default=PODS, metavar="SLICE", help=text)
+    text = "of ResNet-50 on pods (default: all)"
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help=text)
+    parser.add_argument("--output", type=Path, default=Path("runs/scaling"))
+    return parser.parse_args(argv)
+
+
+def run(part: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The rows of a part, written as they grow; those that the file has already stay."""
+    from rich.progress import Progress
+
+    file = options.output / f"{part}.json"
+    packages = ("flax", "libtpu") if part == "pods" else ("flax",)
+    heading = machine.heading("scaling", *packages)
+    old = json.loads(file.read_text())["rows"] if file.exists() else []
+    results = {**heading, "rows": old}
+    jobs = list(device_jobs() if part == "devices" else pod_jobs(options.slices, options.layouts))
+    known = [{name: row.get(name) for name in case} for row in old for case, _ in jobs[:1]]
+    with Progress(transient=True) as progress:
+        task = progress.add_task(part, total=len(jobs))
+        for case, measure in jobs:
+            progress.update(task, description=" ".join(map(str, case.values())))
+            if case not in known:
+                results["rows"].append(_attempt(case, measure))
+                machine.write(results, file)
+            progress.advance(task)
+    return results
+
+
+def _attempt(case, measure):
+    from benchmarks.bandwidth import attempt
+
+    return attempt(case, measure)
+
+
+def device_jobs() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """Trainings of the small network, each with a function that runs it."""
+    for layout in LAYOUTS:
+        for arm in ARMS:
+            for devices in DEVICES:
+                case = {"layout": layout, "arm": arm, "devices": devices}
+                yield case, functools.partial(trained, **case)
+
+
+def pod_jobs(
+    slices: Sequence[str], layouts: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """Programs of ResNet-50, each with a function that compiles it."""
+    for name in slices:
+        for layout in layouts:
+            for arm in ARMS:
+                case = {"slice": name, "layout": layout, "arm": arm}
+                yield case, functools.partial(compiled, **case)
+
+
+def network(arm: str, axis_name: str | None, setting: dict[str, Any], dtype: Any) -> Any:
+    """The ResNet of an arm."""
+    import flax.linen as nn
+
+    import normjax.linen
+    from benchmarks.resnet import ResNet
+
+    if arm == "no norm":
+        norm = lambda **_: lambda x: x
+    else:
+        kind = nn.BatchNorm if arm == "flax" else normjax.linen.BatchNorm
+        norm = functools.partial(kind, momentum=0.9, axis_name=axis_name, dtype=dtype)
+    how = {name: setting[name] for name in ("width", "stages", "classes")}
+    return ResNet(norm, dtype=dtype, **how)
+
+
+def loss(model: Callable[..., Any], batch: dict[str, Any], train: bool) -> Any:
+    """Cross-entropy."""
+    import optax
+
+    from normjax import training
+
+    logits = model(batch["image"], train=train)
+    return training.Loss(optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]))
+
+
+def step_of(layout: str, arm: str, mesh: Any, setting: dict[str, Any], dtype: Any) -> Any:
+    """The compiled step of a layout on a mesh, and what makes its state."""
+    import jax
+    import numpy as np
+    import optax
+
+    from normjax import training
+
+    mode, fsdp = LAYOUTS[layout]
+    mapped = mode == "shard_map"
+    model = network(arm, "data" if mapped else None, setting, dtype)
+    optimizer = optax.sgd(0.05, momentum=0.9)
+    image = np.zeros((1, setting["size"], setting["size"], 3), np.float32)
+    args = (model, optimizer, jax.random.key(0), image)
+    make = functools.partial(training.create_train_state, *args, train=False)
+    where = {"mesh": mesh} if mapped else {}
+    step = training.make_train_step(model, optimizer, loss, mode=mode, **where)
+    return step, make, fsdp
+
+
+def trained(layout: str, arm: str, devices: int) -> dict[str, Any]:
+    """Trains the small network; how far it ends from one device, and what its program sends."""
+    import jax
+    import numpy as np
+
+    (wanted, _), (got, sent) = (run_small(layout, arm, number) for number in (1, devices))
+    gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), got, wanted)
+    return {"collectives": sent, "difference": max(jax.tree.leaves(gaps)), "steps": STEPS}
+
+
+@functools.cache
+def run_small(layout: str, arm: str, number: int) -> tuple[Any, dict[str, Any]]:
+    """Parameters and statistics of the small network after its steps, and what these sent."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from normjax import training
+
+    mesh = jax.make_mesh((number,), ("data",), devices=jax.devices()[:number])
+    step, make, fsdp = step_of(layout, arm, mesh, SMALL, jnp.float32)
+    state, program = make(mesh=mesh, fsdp=fsdp), None
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        shape = (SMALL["batch"], SMALL["size"], SMALL["size"], 3)
+        image = rng.normal(1, 2, size=shape).astype(np.float32)
+        batch = {"image": image, "label": rng.integers(0, SMALL["classes"], shape[0])}
+        batch = training.shard_batch(batch, mesh)
+        program = program or step.lower(state, batch).compile()
+        state, _ = program(state, batch)
+    assert program is not None
+    sent = traffic.count(program.as_text()).collectives
+    return jax.device_get((state.params, state.statistics)), sent
+
+
+def compiled(slice: str, layout: str, arm: str) -> dict[str, Any]:
+    """Compiles ResNet-50 for a slice of TPUs; what its program sends, and what the model says."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from normjax import training
+
+    devices = targets.Target(slice).devices()
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    step, make, fsdp = step_of(layout, arm, mesh, FULL, jnp.bfloat16)
+    shapes = jax.eval_shape(make)
+    where = training.placement(shapes, mesh, fsdp=fsdp)
+    place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    state = jax.tree.map(place, shapes, where)
+    rows, size = FULL["batch"] * len(devices), FULL["size"]
+    spread = jax.NamedSharding(mesh, jax.P("data"))
+    batch = {
+        "image": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32, sharding=spread),
+        "label": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=spread),
+    }
+    lowered = step.lower(state, batch)
+    program = lowered.compile()
+    channels = [a.shape[0] for a in jax.tree.leaves(state.statistics)][::2]
+    return {
+        "chips": len(devices),
+        "collectives": traffic.count(program.as_text()).collectives,
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
+        "model": model_of(layout, arm, channels, state.params, where.params, len(devices)),
+    }
+
+
+def model_of(
+    layout: str, arm: str, channels: Sequence[int], params: Any, where: Any, chips: int
+) -> dict[str, Any]:
+    """What a step should send, by counting what it must.
+
+    A batch norm sends one message forward (Flax: two moments in one; normjax: its statistics of all
+    devices, or from 1 MiB on two sums; under jit the mean, then the variance) and one backward (two
+    sums). The gradient is one message, or with fsdp one for the replicated leaves and one for each
+    sharded leaf, which is gathered too. The weight of the batch is one more.
+
+    Returns `messages`, `bytes` (of results on a chip, as the programs' own count has them) and
+    `seconds` of a ring over each side of the square of chips.
+    """
+    import jax
+
+    from normjax.core.statistics import LARGE_MESSAGE
+
+    sizes = [4 * math.prod(a.shape) for a in jax.tree.leaves(params)]
+    split = [any(s.spec) for s in jax.tree.leaves(where)]
+    whole = sum(n for n, apart in zip(sizes, split, strict=True) if not apart)
+    sharded = [n for n, apart in zip(sizes, split, strict=True) if apart]
+    messages, moved = 2 + 2 * len(sharded), whole + 8
+    moved += sum(n + n // chips for n in sharded)
+    for features in channels:
+        gathered = 2 * 4 * features * chips
+        small = layout.startswith("shard_map") and arm == "normjax" and gathered < LARGE_MESSAGE
+        two = arm == "normjax" and not small
+        messages += 3 if two else 2
+        moved += (gathered if small else 2 * 4 * features) + 2 * 4 * features
+    side = math.isqrt(chips)
+    hops = 4 * (side - 1)
+    seconds = messages * hops * HOP + 2 * moved / BANDWIDTH
+    return {"messages": messages, "bytes": moved, "seconds": seconds}
+
+
+def totals(row: dict[str, Any]) -> tuple[int, int]:
+    """Messages of a row's program, and their bytes on a device."""
+    kinds = row["collectives"].values()
+    return sum(kind["operations"] for kind in kinds), sum(kind["bytes"] for kind in kinds)
+
+
+def cells(part: str, results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Head and rows of a part's table."""
+    rows = [row for row in results["rows"] if "note" not in row]
+    size = "devices" if part == "devices" else "chips"
+    plain = {(row["layout"], row[size]): row for row in rows if row["arm"] == "no norm"}
+    last = ("from one device",) if part == "devices" else ("messages, model", "KiB, model", "ms")
+    yield size, "layout", "norm", "messages", "a norm", "KiB", *last
+    for row in rows:
+        messages, moved = totals(row)
+        base = plain.get((row["layout"], row[size]))
+        norms = 0 if base is None or row["arm"] == "no norm" else NORMS[part]
+        each = f"{(messages - totals(base)[0]) / norms:.2f}" if norms and base else ""
+        found = (str(row[size]), row["layout"], row["arm"], str(messages), each)
+        if part == "devices":
+            yield *found, f"{moved / 1024:.0f}", f"{row['difference']:.1e}"
+        else:
+            model = row["model"]
+            model = (model["messages"], model["bytes"] / 1024, model["seconds"] * 1e3)
+            yield *found, f"{moved / 1024:.0f}", *(f"{number:.0f}" for number in model)
+
+
+def norms_of(stages: Sequence[int]) -> int:
+    """Batch norms of a ResNet."""
+    return 1 + 3 * sum(stages) + len(stages)
+
+
+NORMS = {"devices": norms_of(SMALL["stages"]), "pods": norms_of(FULL["stages"])}
+
+
+def show(part: str, results: dict[str, Any]) -> None:
+    """Prints the table of a part."""
+    from rich.console import Console
+    from rich.table import Table
+
+    head, *lines = cells(part, results)
+    table = Table(*head, title=part)
+    for line in lines:
+        table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
