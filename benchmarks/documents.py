@@ -4,6 +4,7 @@ In a document a table stands between `<!-- table: NAME -->` and `<!-- end -->`, 
 `TABLES`. A test compares every document with what this program would write.
 """
 
+import functools
 import json
 import re
 import shlex
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import adversarial, conditional, guarantees, report, rows, spectral
+from benchmarks import adversarial, conditional, guarantees, report, rows, scaling, spectral
 from benchmarks.compilers import show, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -368,6 +369,13 @@ def pod_rows(results):
         yield str(row["chips"]), row["layout"], row["norm"], *cells
 
 
+def device_rows(results):
+    """What a step sends on the largest number of simulated devices."""
+    head, *lines = scaling.cells("devices", results)
+    most = max(int(line[0]) for line in lines)
+    return [head, *(line for line in lines if int(line[0]) == most)]
+
+
 def conditional_rows(*results):
     """Two conditional norms, and the second less the first."""
     rows = [row for found in results for row in conditional.summary(found)]
@@ -470,6 +478,8 @@ TABLES: dict[str, Table] = {
     ),
     "segments": Table(("segments/segments.json",), segment_rows),
     "rows": Table(("rows/rows.json",), rows.cells),
+    "scaling-devices": Table(("scaling/devices.json",), device_rows),
+    "scaling-pods": Table(("scaling/pods.json",), functools.partial(scaling.cells, "pods")),
     "rows-tried": Table(("rows/rows.json",), rows.tried, source=False),
     "spectral": Table(("spectral/spectral.json",), spectral_rows),
     "ghost-noise": Table(GHOST_FILES, ghost_noise_rows),
