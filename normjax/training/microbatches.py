@@ -33,7 +33,7 @@ from normjax.core import checks, groups, running
 from normjax.core.sharding import place, spec
 from normjax.core.structs import several
 from normjax.observers import merge, merge_stacked, observer
-from normjax.training.models import Device, own_streams, stream_keys
+from normjax.training.models import Device, own_streams, require_structure, stream_keys
 from normjax.training.steps import Loss, Metrics, measure
 
 __all__ = ["accumulate", "statistics_accumulator"]
@@ -100,7 +100,7 @@ def _gradient(model, loss, how, state, batch, device=None):
     def objective(params, now, batch, rngs):
         found = run(join(params, now), batch, rngs=rngs)
         sums = measure(found.output)
-        penalty = lax.stop_gradient(sums.weight) * found.output.penalty
+        penalty = sums.weight * found.output.penalty
         return sums.sums["loss"] + penalty, (sums, found.variables, found.seen)
 
     def part(carry, each):
@@ -111,6 +111,7 @@ def _gradient(model, loss, how, state, batch, device=None):
         more, (sums, variables, seen) = jax.grad(objective, has_aux=True)(*given)
         total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
         new = run.states(variables) if statistics == "averaged" else {}
+        require_structure("accumulate", now, split(variables))
         if statistics != "sequential":
             old = run.states(join(state.params, state.statistics))
             variables = run.put(variables, old)

@@ -77,7 +77,9 @@ class Device:
             for i, part in enumerate(spec):
                 if self._shares(part):
                     a = lax.psum_scatter(a, part, scatter_dimension=i, tiled=True)
-            scattered.append(a)
+            used = {axis for part in spec if self._shares(part) for axis in several(part)}
+            rest = tuple(axis for axis in self.axes if axis not in used)
+            scattered.append(lax.psum(a, rest) if rest else a)
             return None
 
         rest = self._map_shared(scatter, gradients)
@@ -136,13 +138,24 @@ def stream_keys(key: jax.Array, streams: tuple[str, ...], device: Device) -> dic
     return {name: one if name == SHARED else device.fold(one) for name, one in named}
 
 
+def require_structure(name: str, old: Any, new: Any) -> None:
+    """ValueError unless the collections of `new` have the leaves that they have in `old`."""
+    for collection, tree in new.items():
+        if jax.tree.structure(tree) != jax.tree.structure(old[collection]):
+            raise ValueError(
+                f"{name}: a call of the model adds variables to the collection {collection!r}, as "
+                "`sow` does, and a state keeps its structure. Take the collection out of the "
+                "state's statistics: what is sown there is dropped then."
+            )
+
+
 def _open_linen(model, streams, params, statistics, key, train, device):
     calls, now = 0, statistics
 
     def call(*args, **kwargs):
         nonlocal calls, now
         rngs = {}
-        if train:
+        if train and key is not None:
             rngs = stream_keys(jax.random.fold_in(key, calls), streams, device)
         calls += 1
         how = dict(rngs=rngs, mutable=list(now) if train else False)
@@ -150,6 +163,7 @@ def _open_linen(model, streams, params, statistics, key, train, device):
         if not train:
             return found
         y, new = found
+        require_structure("make_train_step", now, new)
         now = {**now, **new}
         return y
 

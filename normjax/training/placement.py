@@ -9,10 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from normjax.core.structs import several
 from normjax.optim import label_parameters
-from normjax.paths import flatten, matches
+from normjax.paths import flatten, is_masked, matches
 
 Rules = Mapping[str, PartitionSpec]
 SPLIT = ("kernel", "embedding")
+FACTORED = frozenset({"v_row", "v_col"})  # of optax's adafactor, which multiplies them
 
 
 def placement(tree: Any, mesh: Mesh, *, fsdp: str | None = None, rules: Rules | None = None) -> Any:
@@ -28,7 +29,8 @@ def placement(tree: Any, mesh: Mesh, *, fsdp: str | None = None, rules: Rules | 
       match wins.
     - With `fsdp`, an axis of the mesh, leaves named "kernel" and "embedding" are split over it too:
       along their largest axis that it divides and no rule has taken. Norms are never split by it.
-      Their few bytes would cost a message each, in the middle of a layer.
+      Their few bytes would cost a message each, in the middle of a layer. Nor are the factored
+      moments of `optax.adafactor`.
 
     Args:
       tree: arrays, or `jax.ShapeDtypeStruct`s.
@@ -56,12 +58,14 @@ def placement(tree: Any, mesh: Mesh, *, fsdp: str | None = None, rules: Rules | 
     specs = [PartitionSpec()] * len(leaves)
     for pattern, spec in (rules or {}).items():
         for i in matches("placement", paths, [pattern], within=True):
-            _check(paths[i], leaves[i], mesh, spec)
             specs[i] = spec
+    for path, leaf, spec in zip(paths, leaves, specs, strict=True):
+        if not is_masked(leaf):
+            _check(path, leaf, mesh, spec)
     if fsdp is not None:
         labels = flatten(label_parameters(tree))[1]
         for i, label in enumerate(labels):
-            if label in SPLIT:
+            if label in SPLIT and FACTORED.isdisjoint(paths[i]):
                 specs[i] = _split(leaves[i].shape, mesh, fsdp, specs[i])
     return structure.unflatten(NamedSharding(mesh, spec) for spec in specs)
 
@@ -104,6 +108,15 @@ def place(tree: Any, mesh: Mesh, *, fsdp: str | None = None, rules: Rules | None
     return jax.device_put(tree, placement(tree, mesh, fsdp=fsdp, rules=rules))
 
 
+def count_samples(name: str, a: Any) -> int:
+    """The number of samples of an array of a batch; ValueError for a scalar, which has none."""
+    if not np.shape(a):
+        raise ValueError(
+            f"{name}: the batch has a scalar, {a!r}, and all its arrays need the samples on axis 0."
+        )
+    return np.shape(a)[0]
+
+
 def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
     """`batch` with samples of zeros behind its own up to `size`, and a `mask` that leaves them out.
 
@@ -120,7 +133,7 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
       >>> batch["image"].shape, batch["mask"].tolist()
       ((4, 2), [True, True, True, False])
     """
-    lengths = {name: np.shape(a)[0] for name, a in batch.items()}
+    lengths = {name: count_samples("pad_batch", a) for name, a in batch.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"pad_batch: the numbers of samples differ, {lengths}.")
     length = next(iter(lengths.values()))
@@ -158,7 +171,7 @@ def shard_batch(batch: Any, mesh: Mesh, axis: str | tuple[str, ...] = "data") ->
     devices = int(np.prod([mesh.shape[name] for name in several(axis)]))
 
     def put(a):
-        samples = np.shape(a)[0] * jax.process_count()
+        samples = count_samples("shard_batch", a) * jax.process_count()
         if samples % devices:
             raise ValueError(
                 f"shard_batch: {devices} devices do not divide {samples} samples. pad_batch adds "
