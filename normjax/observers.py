@@ -420,8 +420,20 @@ def _nested(tree):
     return tree.unfreeze() if isinstance(tree, FrozenDict) else tree
 
 
+def require_fixed(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """ValueError for a collection of Linen that has more leaves, or fewer, after a call."""
+    for name, tree in new.items():
+        if len(jax.tree.leaves(tree)) != len(jax.tree.leaves(old[name])):
+            raise ValueError(
+                f"Calls of the model change the number of variables in the collection {name!r}, as "
+                "`sow` does, and it must stay. Take the collection out of the variables, or out of "
+                "the statistics of a train state: what is sown there is dropped then."
+            )
+
+
 def _like(variables, new):
     """Collections with the containers and boxes of `variables`."""
+    require_fixed(variables, new)
     restore = lambda old, new: jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(new))
     made = {name: restore(old, new[name]) for name, old in variables.items()}
     return FrozenDict(made) if isinstance(variables, FrozenDict) else made

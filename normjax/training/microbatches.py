@@ -33,7 +33,7 @@ from normjax.core import checks, groups, running
 from normjax.core.sharding import place, spec
 from normjax.core.structs import several
 from normjax.observers import merge, merge_stacked, observer
-from normjax.training.models import Device, own_streams, require_structure, stream_keys
+from normjax.training.models import Device, own_streams, stream_keys, unsown
 from normjax.training.steps import Loss, Metrics, measure
 
 __all__ = ["accumulate", "statistics_accumulator"]
@@ -85,6 +85,7 @@ def accumulate(
     """
     checks.require("accumulate", "parts", parts, checks.positive)
     checks.require("accumulate", "statistics", statistics, checks.one_of(*MOVES))
+    model = unsown(model) if isinstance(model, nnx.Module) else model
     how = dict(parts=parts, statistics=statistics, streams=streams)
     return functools.partial(_gradient, model, loss, how)
 
@@ -111,7 +112,6 @@ def _gradient(model, loss, how, state, batch, device=None):
         more, (sums, variables, seen) = jax.grad(objective, has_aux=True)(*given)
         total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
         new = run.states(variables) if statistics == "averaged" else {}
-        require_structure("accumulate", now, split(variables))
         if statistics != "sequential":
             old = run.states(join(state.params, state.statistics))
             variables = run.put(variables, old)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from normjax.core.compat import varying
 from normjax.core.structs import several
+from normjax.observers import require_fixed
 from normjax.paths import flatten
 
 SHARED = "ghost"  # the stream of random methods, which draw for the global batch
@@ -89,7 +90,11 @@ class Device:
         return jax.tree.map(missing, rest, is_leaf=lambda a: a is None), found
 
     def _shares(self, part):
-        return part is not None and not self.batch_axes.isdisjoint(several(part))
+        if part is None:
+            return False
+        if self.axes:  # others are whole in here, see `steps._named`
+            return self.batch_axes.issuperset(several(part))
+        return not self.batch_axes.isdisjoint(several(part))
 
     def _map_shared(self, function, tree, name="params"):
         """`function` of each leaf that shares an axis with the samples, its spec and its mesh."""
@@ -122,12 +127,19 @@ def _put(a, mesh, parts):
 Opened = tuple[Callable[..., Any], Callable[[], Any]]
 
 
+def unsown(model: Any) -> Any:
+    """A model of NNX, with the arrays of `model`, without what calls have sown in it."""
+    copy = nnx.merge(*nnx.split(model))
+    nnx.pop(copy, nnx.Intermediate)
+    return copy
+
+
 def opener(name: str, model: Any, streams: tuple[str, ...]) -> Callable[..., Opened]:
     """A function that makes of variables a model to call, and what gives its statistics then."""
     if isinstance(model, linen.Module):
         return functools.partial(_open_linen, model, streams)
     if isinstance(model, nnx.Module):
-        return functools.partial(_open_nnx, nnx.split(model, nnx.Param, ...)[0])
+        return functools.partial(_open_nnx, nnx.split(unsown(model), nnx.Param, ...)[0])
     raise TypeError(f"{name}: {model!r} is not a module of flax.linen or flax.nnx.")
 
 
@@ -136,17 +148,6 @@ def stream_keys(key: jax.Array, streams: tuple[str, ...], device: Device) -> dic
     keys = jax.random.split(key, 1 + len(streams))
     named = zip((SHARED, *streams), keys, strict=True)
     return {name: one if name == SHARED else device.fold(one) for name, one in named}
-
-
-def require_structure(name: str, old: Any, new: Any) -> None:
-    """ValueError unless the collections of `new` have the leaves that they have in `old`."""
-    for collection, tree in new.items():
-        if jax.tree.structure(tree) != jax.tree.structure(old[collection]):
-            raise ValueError(
-                f"{name}: a call of the model adds variables to the collection {collection!r}, as "
-                "`sow` does, and a state keeps its structure. Take the collection out of the "
-                "state's statistics: what is sown there is dropped then."
-            )
 
 
 def _open_linen(model, streams, params, statistics, key, train, device):
@@ -163,7 +164,7 @@ def _open_linen(model, streams, params, statistics, key, train, device):
         if not train:
             return found
         y, new = found
-        require_structure("make_train_step", now, new)
+        require_fixed(now, new)
         now = {**now, **new}
         return y
 

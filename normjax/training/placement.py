@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -96,7 +97,8 @@ def _split(shape, mesh, axis, spec):
 def place(tree: Any, mesh: Mesh, *, fsdp: str | None = None, rules: Rules | None = None) -> Any:
     """`tree` on a mesh, where `placement` says: also of state that was made or read before.
 
-    With several processes each of them gives the whole arrays, the same ones.
+    It is a copy: steps may donate it, and `tree` stays. With several processes each of them gives
+    the whole arrays, the same ones.
 
     Example:
       >>> import jax, normjax as nj, normjax.training as training
@@ -105,7 +107,9 @@ def place(tree: Any, mesh: Mesh, *, fsdp: str | None = None, rules: Rules | None
       >>> state.mean.sharding.is_fully_replicated
       True
     """
-    return jax.device_put(tree, placement(tree, mesh, fsdp=fsdp, rules=rules))
+    where = placement(tree, mesh, fsdp=fsdp, rules=rules)
+    own = lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a
+    return jax.device_put(jax.tree.map(own, tree), where)
 
 
 def count_samples(name: str, a: Any) -> int:

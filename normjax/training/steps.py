@@ -28,7 +28,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from normjax.core import checks
 from normjax.core.compat import is_traced
 from normjax.core.structs import several
-from normjax.training.models import Device, opener
+from normjax.training.models import Device, opener, unsown
 from normjax.training.placement import Rules, count_samples, placement
 
 Model = linen.Module | nnx.Module
@@ -189,7 +189,7 @@ def create_train_state(
         return make(variables.pop("params", {}), variables)
 
     if not isinstance(model, linen.Module):
-        _, *own = nnx.split(model, nnx.Param, ...)
+        _, *own = nnx.split(unsown(model), nnx.Param, ...)
     elif key is None:
         raise ValueError("create_train_state: a Linen module needs a key, and arguments of a call.")
     if mesh is None:
