@@ -455,7 +455,8 @@ class Step:
 
     def _mapped(self, structure, where):
         """The body mapped over the devices that share the samples."""
-        named = several(self._axis)
+        named, mesh = several(self._axis), self._mesh
+        assert mesh is not None
         whole = structure.unflatten([PartitionSpec()] * structure.num_leaves)
         specs = whole if where is None else jax.tree.map(functools.partial(_named, named), where)
         device = Device(named, typed=True, where=where, batch_axes=frozenset(named))
@@ -463,14 +464,15 @@ class Step:
         out = out if self._update is None else (specs.params, out, whole.statistics)
         mapped = jax.shard_map(
             functools.partial(self._body, device=device),
-            mesh=self._mesh,
+            mesh=mesh,
             in_specs=(specs, PartitionSpec(self._axis)),
             out_specs=out,
             axis_names=set(named),
         )
-        if AxisType.Explicit not in self._mesh.axis_types:
+        kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        if AxisType.Explicit not in {kinds[name] for name in named}:
             return mapped
-        divided = jax.NamedSharding(self._mesh, PartitionSpec(self._axis))
+        divided = jax.NamedSharding(mesh, PartitionSpec(self._axis))
         return lambda state, batch: mapped(state, jax.sharding.reshard(batch, divided))
 
     def _check_samples(self, batch):
