@@ -391,7 +391,11 @@ class Step:
         self._compiled = functools.lru_cache(self._compile)
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
-        """The new state and the metrics, or the metrics alone. Works inside of `jax.jit` too."""
+        """The new state and the metrics, or the metrics alone.
+
+        Works inside of `jax.jit` and `lax.scan` too, but not with parameters that share an Explicit
+        axis with the samples: JAX asks where they lie, and in there a step does not know it.
+        """
         if self._mode == "pmap":
             batch = self._divided(state, batch)
         with _explicit_mesh(state):
