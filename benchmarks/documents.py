@@ -336,24 +336,26 @@ def _moved(row, passes):
     return f"{ours} ({theirs})"
 
 
-def network_rows(*results):
-    """Compiled networks: bytes, temporaries and kernels over those with the norms of Flax."""
-    yield "network", "norms", *COMPILED
-    found = []
-    for result in results:
-        rows = [row for row in result["rows"] if "note" not in row]
-        ratios = show.over_flax(rows)
-        found.append(
-            {
-                (row["network"], row["norms"]): " / ".join(
-                    (ratio["moved"], ratio["temporaries"], ratio["kernels"])
-                )
-                for row, ratio in zip(rows, ratios, strict=True)
-            }
-        )
-    cases = dict.fromkeys(case for cells in found for case in cells if case[1] != "flax")
-    for case in cases:
-        yield *case, *(cells.get(case, "") for cells in found)
+def network_rows(*names: str):
+    """A table of compiled networks: figures `names` over those with the norms of Flax."""
+
+    def cells(*results):
+        yield "network", "norms", *COMPILED
+        found = []
+        for result in results:
+            rows = [row for row in result["rows"] if "note" not in row]
+            ratios = zip(rows, show.over_flax(rows), strict=True)
+            found.append(
+                {
+                    (row["network"], row["norms"]): " / ".join(ratio[name] for name in names)
+                    for row, ratio in ratios
+                }
+            )
+        cases = dict.fromkeys(case for cells in found for case in cells if case[1] != "flax")
+        for case in cases:
+            yield *case, *(cells.get(case, "") for cells in found)
+
+    return cells
 
 
 def pod_rows(results):
@@ -481,7 +483,18 @@ TABLES: dict[str, Table] = {
         source=False,
         section="layers",
     ),
-    "compilers-networks": Table(COMPILED_FILES, network_rows, source=False, section="networks"),
+    "compilers-networks": Table(
+        COMPILED_FILES,
+        network_rows("moved", "temporaries", "kernels"),
+        source=False,
+        section="networks",
+    ),
+    "compilers-memory": Table(
+        COMPILED_FILES,
+        network_rows("temporaries", "moved", "kept", "products"),
+        source=False,
+        section="memory",
+    ),
     "compilers-pods": Table(("compilers/v5e.json",), pod_rows, section="pods"),
     "balance": Table(("conditional/balance.json",), conditional_rows),
     "conditional": Table(

@@ -39,6 +39,7 @@ class ResNet(nn.Module):
       width: channels of the first convolution.
       classes: number of classes.
       dtype: of all else.
+      remat: makes a block recompute what it does not keep, as `nn.remat`; None: all is kept.
     """
 
     norm: Callable[..., Callable]
@@ -47,6 +48,7 @@ class ResNet(nn.Module):
     width: int = 64
     classes: int = 1000
     dtype: Any = jnp.bfloat16
+    remat: Callable[[Callable], Callable] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -62,17 +64,22 @@ class ResNet(nn.Module):
             y = self.norm(use_running_average=not train, **how)(x)
             return nn.relu(y) if relu else y
 
+        def bottleneck(_, x, inner, stride, project):
+            y = norm(conv(x, inner, 1))
+            y = norm(conv(y, inner, 3, stride))
+            y = norm(conv(y, 4 * inner, 1), relu=False, scale_init=nn.initializers.zeros)
+            if project:
+                x = norm(conv(x, 4 * inner, 1, stride), relu=False)
+            return nn.relu(x + y)
+
         x = norm(conv(x, self.width, 7, 2))
         x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
         for stage, blocks in enumerate(self.stages):
             for block in range(blocks):
                 inner, stride = self.width * 2**stage, 2 if stage and not block else 1
-                y = norm(conv(x, inner, 1))
-                y = norm(conv(y, inner, 3, stride))
-                y = norm(conv(y, 4 * inner, 1), relu=False, scale_init=nn.initializers.zeros)
-                if block == 0:
-                    x = norm(conv(x, 4 * inner, 1, stride), relu=False)
-                x = nn.relu(x + y)
+                how = {"inner": inner, "stride": stride, "project": block == 0}
+                one = functools.partial(bottleneck, **how)
+                x = (one if self.remat is None else self.remat(one))(self, x)
         return nn.Dense(self.classes, dtype=jnp.float32)(x.mean((1, 2)))
 
 

@@ -7,7 +7,7 @@ devices: a small network trains on 1, 2, 4 and 8 simulated devices. How far para
 statistics end from those of one device, and what the program sends.
 
 pods: ResNet-50 is compiled for slices of 64 and 256 TPUs that are not there (extra
-`compilers-tpu`). What the program sends, and what a model of it says.
+`compilers-tpu`). What the program sends, and what a model of it says (`cost`).
 
 Messages are operations between devices in the compiled program, for these layouts:
 
@@ -25,7 +25,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import machine
 from benchmarks.compilers import targets, traffic
@@ -44,7 +44,7 @@ STEPS = 3
 SMALL = {"size": 16, "width": 8, "stages": (1, 1), "classes": 10, "batch": 64}
 FULL = {"size": 224, "width": 64, "stages": (3, 4, 6, 3), "classes": 1000, "batch": 32}  # a chip
 # Of a chip of v5e, https://cloud.google.com/tpu/docs/v5e: 1600 Gbit/s between chips. The time of a
-# hop is an assumption; the option changes it.
+# hop is an assumption.
 BANDWIDTH = 1600e9 / 8
 HOP = 1e-6
 FLAGS = "--xla_force_host_platform_device_count=8"
@@ -107,6 +107,7 @@ def run(part: str, options: argparse.Namespace) -> dict[str, Any]:
                 results["rows"].append(_attempt(case, measure))
                 machine.write(results, file)
             progress.advance(task)
+    machine.write(results, file)
     return results
 
 
@@ -238,50 +239,52 @@ def compiled(slice: str, layout: str, arm: str) -> dict[str, Any]:
         "image": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32, sharding=spread),
         "label": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=spread),
     }
-    lowered = step.lower(state, batch)
-    program = lowered.compile()
-    channels = [a.shape[0] for a in jax.tree.leaves(state.statistics)][::2]
+    program = step.lower(state, batch).compile()
+    sizes = [4 * math.prod(a.shape) for a in jax.tree.leaves(state.params)]
+    split = [any(sharding.spec) for sharding in jax.tree.leaves(where.params)]
     return {
         "chips": len(devices),
         "collectives": traffic.count(program.as_text()).collectives,
         "temporaries": program.memory_analysis().temp_size_in_bytes,
-        "model": model_of(layout, arm, channels, state.params, where.params, len(devices)),
+        "channels": [a.shape[0] for a in jax.tree.leaves(state.statistics)][::2],
+        "whole": sum(n for n, apart in zip(sizes, split, strict=True) if not apart),
+        "split": sum(n for n, apart in zip(sizes, split, strict=True) if apart),
     }
 
 
-def model_of(
-    layout: str, arm: str, channels: Sequence[int], params: Any, where: Any, chips: int
-) -> dict[str, Any]:
-    """What a step should send, by counting what it must.
+class Cost(NamedTuple):
+    """What the model says of a step on a square of chips."""
 
-    A batch norm sends one message forward (Flax: two moments in one; normjax: its statistics of all
-    devices, or from 1 MiB on two sums; under jit the mean, then the variance) and one backward (two
-    sums). The gradient is one message, or with fsdp one for the replicated leaves and one for each
-    sharded leaf, which is gathered too. The weight of the batch is one more.
+    messages: int  # of the norms
+    bytes: int  # of all
+    seconds: float  # that the norms' messages take
 
-    Returns `messages`, `bytes` (of results on a chip, as the programs' own count has them) and
-    `seconds` of a ring over each side of the square of chips.
+
+def cost(row: dict[str, Any]) -> Cost:
+    """The model of what a step sends, of a row of the pods.
+
+    A batch norm sends a message forward and one backward, of two sums for each channel. Forward
+    that is two moments (Flax), or the counts, means and variances of all chips, each chip's in a
+    place of its own (normjax; from `LARGE_MESSAGE` on, and under `jit`, two messages: the mean,
+    then the variance). A gradient is a message of its size. Divided parameters are sent twice
+    at their whole size, for the compiler gathers, and divides gradients, by sums of whole arrays on
+    so many chips. A message passes all chips of a row and a column, there and back, at `HOP` each.
     """
-    import jax
-
     from normjax.core.statistics import LARGE_MESSAGE
 
-    sizes = [4 * math.prod(a.shape) for a in jax.tree.leaves(params)]
-    split = [any(s.spec) for s in jax.tree.leaves(where)]
-    whole = sum(n for n, apart in zip(sizes, split, strict=True) if not apart)
-    sharded = [n for n, apart in zip(sizes, split, strict=True) if apart]
-    messages, moved = 2 + 2 * len(sharded), whole + 8
-    moved += sum(n + n // chips for n in sharded)
-    for features in channels:
-        gathered = 2 * 4 * features * chips
-        small = layout.startswith("shard_map") and arm == "normjax" and gathered < LARGE_MESSAGE
-        two = arm == "normjax" and not small
-        messages += 3 if two else 2
-        moved += (gathered if small else 2 * 4 * features) + 2 * 4 * features
-    side = math.isqrt(chips)
-    hops = 4 * (side - 1)
-    seconds = messages * hops * HOP + 2 * moved / BANDWIDTH
-    return {"messages": messages, "bytes": moved, "seconds": seconds}
+    messages, moved = 0, row["whole"] + 2 * row["split"] + 8
+    of_norms = 0
+    for channels in row["channels"]:
+        forward, number = 2 * 4 * channels, 1
+        if row["arm"] == "normjax":
+            gathered = 3 * 4 * channels * row["chips"]
+            one = row["layout"].startswith("shard_map") and gathered <= LARGE_MESSAGE
+            forward, number = (gathered, 1) if one else (3 * 4 * channels, 2)
+        messages += number + 1
+        of_norms += forward + 2 * 4 * channels
+    hops = 4 * (math.isqrt(row["chips"]) - 1)
+    seconds = messages * hops * HOP + 2 * of_norms / BANDWIDTH
+    return Cost(messages, moved + of_norms, seconds)
 
 
 def totals(row: dict[str, Any]) -> tuple[int, int]:
@@ -291,11 +294,11 @@ def totals(row: dict[str, Any]) -> tuple[int, int]:
 
 
 def cells(part: str, results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Head and rows of a part's table."""
+    """Head and rows of a part's table; messages of a norm are those beyond the network without."""
     rows = [row for row in results["rows"] if "note" not in row]
     size = "devices" if part == "devices" else "chips"
     plain = {(row["layout"], row[size]): row for row in rows if row["arm"] == "no norm"}
-    last = ("from one device",) if part == "devices" else ("messages, model", "KiB, model", "ms")
+    last = ("from one device",) if part == "devices" else ("model: a norm", "KiB", "ms for norms")
     yield size, "layout", "norm", "messages", "a norm", "KiB", *last
     for row in rows:
         messages, moved = totals(row)
@@ -303,12 +306,13 @@ def cells(part: str, results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         norms = 0 if base is None or row["arm"] == "no norm" else NORMS[part]
         each = f"{(messages - totals(base)[0]) / norms:.2f}" if norms and base else ""
         found = (str(row[size]), row["layout"], row["arm"], str(messages), each)
+        found = (*found, f"{moved / 1024:.0f}")
         if part == "devices":
-            yield *found, f"{moved / 1024:.0f}", f"{row['difference']:.1e}"
+            yield *found, f"{row['difference']:.1e}"
         else:
-            model = row["model"]
-            model = (model["messages"], model["bytes"] / 1024, model["seconds"] * 1e3)
-            yield *found, f"{moved / 1024:.0f}", *(f"{number:.0f}" for number in model)
+            says = cost(row)
+            each = f"{says.messages / norms:.2f}" if norms else ""
+            yield *found, each, f"{says.bytes / 1024:.0f}", f"{says.seconds * 1e3:.2f}"
 
 
 def norms_of(stages: Sequence[int]) -> int:

@@ -67,6 +67,17 @@ from normjax.methods.layer import RMSNorm as RMSNorm
 from normjax.methods.running_norm import RunningNorm as RunningNorm
 from normjax.methods.spectral.method import SpectralBatchNorm as SpectralBatchNorm
 from normjax.methods.spectral.method import SpectralRunning as SpectralRunning
+from normjax.methods.translated import AdditionParams as AdditionParams
+from normjax.methods.translated import ThresholdParams as ThresholdParams
+from normjax.methods.translated import TPReLU as TPReLU
+from normjax.methods.translated import TReLU as TReLU
+from normjax.methods.translated import WeightNormalizedAddition as WeightNormalizedAddition
+from normjax.methods.weights import PowerIteration as PowerIteration
+from normjax.methods.weights import ScaledWeightStandardization as ScaledWeightStandardization
+from normjax.methods.weights import SpectralWeightNorm as SpectralWeightNorm
+from normjax.methods.weights import StrictWeightNorm as StrictWeightNorm
+from normjax.methods.weights import WeightNorm as WeightNorm
+from normjax.methods.weights import WeightStandardization as WeightStandardization
 from normjax.methods.whitening import CholeskyBatchNorm as CholeskyBatchNorm
 from normjax.methods.whitening import DecorrelatedBatchNorm as DecorrelatedBatchNorm
 from normjax.methods.whitening import IterativeNorm as IterativeNorm
@@ -79,6 +90,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveInstanceNorm",
     "AdaptiveLayerNorm",
+    "AdditionParams",
     "Affine",
     "AffineParams",
     "AnalyticGhostNoise",
@@ -123,6 +135,7 @@ __all__ = [
     "Normalizer",
     "Parted",
     "Pool",
+    "PowerIteration",
     "RMSNorm",
     "Ramp",
     "Running",
@@ -131,10 +144,19 @@ __all__ = [
     "SandwichAdaptiveInstanceNorm",
     "SandwichAuxBatchNorm",
     "SandwichBatchNorm",
+    "ScaledWeightStandardization",
     "SpectralBatchNorm",
     "SpectralRunning",
+    "SpectralWeightNorm",
     "StochasticWhiteningBatchNorm",
+    "StrictWeightNorm",
+    "TPReLU",
+    "TReLU",
+    "ThresholdParams",
     "Traits",
+    "WeightNorm",
+    "WeightNormalizedAddition",
+    "WeightStandardization",
     "Whitening",
     "chain",
     "largest_rate",

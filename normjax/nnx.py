@@ -17,7 +17,7 @@ from flax.nnx.module import first_from
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import normjax
-from normjax.core import checks
+from normjax import kernels
 from normjax.core.fields import Configuration
 from normjax.core.method import observes, of_statistics, traits
 from normjax.core.statistics import whole
@@ -77,7 +77,7 @@ class Norm(nnx.Module):
           rngs: the stream `params` initializes; `ghost` is kept if the method draws random numbers.
           metadata: of variables by name, as `{"scale": {"sharding_names": ("model",)}}`.
         """
-        checks.require("Norm", "method", method, checks.method)
+        kernels.require_activations(method)
         self._configuration = _Configuration(method)
         self.num_features = num_features
         if traits(method).trains:
@@ -195,6 +195,102 @@ class Norm(nnx.Module):
         return values if isinstance(tree, dict) else type(tree)(**values)
 
 
+class NormalizedKernels(nnx.Module):
+    """A layer, or a whole model, whose kernels are normalized: `NormalizedKernels(layer, method)`.
+
+    The parameters of the module stay as they are: a call runs a copy of it, with normalized kernels
+    and otherwise the same variables. `kernels` has what the method learns, the norms of
+    `WeightNorm`; `kernel_stats` the vectors of `SpectralWeightNorm`, which `step` moves, and no
+    call. Take one step before the calls of a training step; of all wrappers in a model:
+
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, normjax.nnx.NormalizedKernels):
+                module.step()
+
+    Inside of `nnx.scan` and `nnx.vmap` wrap the layers, not the stack: in a stack of kernels rows
+    would reach over its layers.
+
+    Attributes:
+      module: the layer or model.
+      method: a method over kernels, such as `normjax.WeightNorm()`, for all of them.
+      patterns: which parameters are kernels, as in `normjax.optim`, such as `("conv_*/kernel",)`;
+        None: those called `kernel`.
+
+    Raises:
+      ValueError: for a method over activations, a pattern that matches nothing, and a module
+        without kernels.
+
+    Example:
+      >>> import jax, normjax as nj, normjax.nnx
+      >>> from flax import nnx
+      >>> plain, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jax.numpy.ones((2, 4))
+      >>> layer = normjax.nnx.NormalizedKernels(plain, nj.WeightNorm())
+      >>> layer.kernels["kernel"]["scale"].shape
+      (3,)
+      >>> bool(jax.numpy.allclose(layer(x), plain(x), atol=1e-6))
+      True
+    """
+
+    def __init__(
+        self,
+        module: nnx.Module,
+        method: Any,
+        patterns: tuple[str, ...] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ):
+        """Wraps `module`, trained or not; the stream `params` of `rngs` starts power iterations."""
+        kernels.require(method)
+        self.module = module
+        self.patterns = None if patterns is None else tuple(patterns)
+        self._configuration = _Configuration(method)
+        key = jax.random.key(0) if rngs is None else rngs.params()
+        params, state = map(unflatten_dict, kernels.initial(method, key, self._kernels()))
+        self.kernels = _nested(jax.tree.map(nnx.Param, params))
+        self.kernel_stats = _nested(jax.tree.map(nnx.BatchStat, state))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the module for these arguments, with normalized kernels."""
+        return self._normal()(*args, **kwargs)
+
+    def step(self) -> None:
+        """Moves what the method keeps of the kernels, where it keeps anything."""
+        _, state = kernels.normalize(self.method, self._kernels(), *self._own(), train=True)
+        nnx.update(self.kernel_stats, unflatten_dict(state))
+
+    def unwrap(self) -> Any:
+        """A plain module that does the same, with variables of its own."""
+        return nnx.clone(self._normal())
+
+    @property
+    def method(self) -> Any:
+        """The method."""
+        return self._configuration.method
+
+    def _own(self):
+        """Values of what the method learns and keeps, as nested dicts."""
+        own = (self.kernels, self.kernel_stats)
+        return tuple(nnx.to_pure_dict(nnx.state(part)) for part in own)
+
+    def _kernels(self):
+        flat = nnx.to_flat_state(nnx.state(self.module, nnx.Param))
+        pairs = zip(flat.paths, flat.leaves, strict=True)
+        return kernels.named({_names(path): v[...] for path, v in pairs}, self.patterns)
+
+    def _normal(self):
+        """The module with normalized kernels, and otherwise the same variables."""
+        normal, _ = kernels.normalize(self.method, self._kernels(), *self._own())
+        structure, state = nnx.split(self.module)
+        flat = nnx.to_flat_state(state)
+        put = lambda path, v: v.replace(normal[_names(path)]) if _names(path) in normal else v
+        pairs = [(path, put(path, v)) for path, v in zip(flat.paths, flat.leaves, strict=True)]
+        return nnx.merge(structure, nnx.from_flat_state(pairs))
+
+
+def _names(path):
+    return tuple(map(str, path))
+
+
 class _Configuration:
     """A method as static metadata of a module, for whose equality initializers do not count.
 
@@ -273,7 +369,7 @@ def _check_promotion(name, promote):
 MODULES = {
     name: _module(thing)
     for name, thing in vars(normjax).items()
-    if isinstance(thing, type) and issubclass(thing, Configuration)
+    if isinstance(thing, type) and issubclass(thing, Configuration) and not kernels.over(thing)
 }
 globals().update(MODULES)  # their types are in the stub
-__all__ = sorted(["Norm", "Seen", *MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(["Norm", "NormalizedKernels", "Seen", *MODULES])  # pyright: ignore[reportUnsupportedDunderAll]

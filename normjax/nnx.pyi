@@ -1165,6 +1165,25 @@ class MultiStats(Norm):
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
+class NormalizedKernels(flax_nnx.Module):
+    module: flax_nnx.Module
+    patterns: tuple[str, ...] | None
+    kernels: Any
+    kernel_stats: Any
+    def __init__(
+        self,
+        module: flax_nnx.Module,
+        method: Any,
+        patterns: tuple[str, ...] | None = None,
+        *,
+        rngs: flax_nnx.Rngs | None = None,
+    ) -> None: ...
+    @property
+    def method(self) -> Any: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def step(self) -> None: ...
+    def unwrap(self) -> Any: ...
+
 class RMSNorm(Norm):
     num_segments: int | None
     dtype: Any
@@ -1523,6 +1542,69 @@ class StochasticWhiteningBatchNorm(Norm):
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
 
+class TPReLU(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    bias_init: Callable[..., Any]
+    slope_init: Callable[..., Any]
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        bias_init: Callable[..., Any] = ...,
+        slope_init: Callable[..., Any] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class TReLU(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    bias_init: Callable[..., Any]
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        bias_init: Callable[..., Any] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
+class WeightNormalizedAddition(Norm):
+    axis: int | tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    epsilon: float
+    epsilon_place: Literal["square", "norm"]
+    initial: tuple[float, ...]
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        rngs: flax_nnx.Rngs,
+        axis: int | tuple[int, ...] = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        epsilon: float = ...,
+        epsilon_place: Literal["square", "norm"] = ...,
+        initial: tuple[float, ...] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+
 __all__ = [
     "AdaptiveInstanceNorm",
     "AdaptiveLayerNorm",
@@ -1554,6 +1636,7 @@ __all__ = [
     "LayerNorm",
     "MultiStats",
     "Norm",
+    "NormalizedKernels",
     "RMSNorm",
     "RunningNorm",
     "SampleWhitening",
@@ -1563,4 +1646,7 @@ __all__ = [
     "Seen",
     "SpectralBatchNorm",
     "StochasticWhiteningBatchNorm",
+    "TPReLU",
+    "TReLU",
+    "WeightNormalizedAddition",
 ]

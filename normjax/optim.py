@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from normjax.core import checks
+from normjax.kernels import choose
+from normjax.methods.weights import StrictWeightNorm
 from normjax.paths import flatten, is_masked, matches
 
 LABELS = ("norm_scale", "norm_bias", "bias", "kernel", "embedding", "other")
@@ -29,6 +31,7 @@ __all__ = [
     "keep_statistics",
     "label_parameters",
     "scale_learning_rate",
+    "unit_rows",
 ]
 
 
@@ -159,6 +162,49 @@ def freeze(*patterns: str) -> optax.GradientTransformation:
         return structure.unflatten(i in found for i in range(len(leaves)))
 
     return optax.masked(optax.set_to_zero(), named)
+
+
+def unit_rows(
+    *patterns: str, feature_axes: int | tuple[int, ...] = -1
+) -> optax.GradientTransformation:
+    """Ends every step with the rows of kernels at length one: a projection onto spheres.
+
+    Loshchilov et al., *nGPT*, 2024, https://arxiv.org/abs/2410.01131
+
+    Placed last in the chain it changes the updates, which then are in at least float32. The rows
+    are those of `normjax.StrictWeightNorm(feature_axes=feature_axes)`, of the named parameters, or
+    of all called `kernel`; a row of zeros stays. ValueError for a pattern that matches nothing,
+    without any kernel, and in `update` without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, normjax.optim as optim
+      >>> params = {"kernel": jnp.array([[1.0], [0.0]]), "bias": jnp.zeros(1)}
+      >>> optimizer = optax.chain(optax.sgd(1.0), optim.unit_rows())
+      >>> gradient = {"kernel": jnp.array([[0.7], [-0.4]]), "bias": jnp.ones(1)}
+      >>> updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+      >>> kernel = optax.apply_updates(params, updates)["kernel"]
+      >>> print(f"{kernel[0, 0]:.4f} {kernel[1, 0]:.4f}")
+      0.6000 0.8000
+    """
+    rows = StrictWeightNorm(feature_axes=feature_axes)
+
+    def kernels(params):
+        paths, leaves, structure = flatten(params)
+        found = choose("unit_rows", paths, patterns)
+        return structure.unflatten(i in found for i in range(len(leaves)))
+
+    def project(updates, params):
+        if params is None:
+            raise ValueError("unit_rows: update(...) needs params, whose rows it measures.")
+
+        def move(update, param):
+            wide = jnp.promote_types(param.dtype, jnp.float32)
+            old = param.astype(wide)
+            return rows.apply((), (), old + update.astype(wide), train=True)[0] - old
+
+        return jax.tree.map(move, updates, params)
+
+    return optax.masked(optax.stateless(project), kernels)
 
 
 def keep_statistics(new: Any, old: Any, *patterns: str) -> Any:

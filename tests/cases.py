@@ -60,6 +60,12 @@ def style(dtype, shape):
     return {"style": jnp.asarray(np.round(8 * z) / 8, dtype)}
 
 
+def operands(dtype, shape):
+    """Two further operands of the shape of the input; exact in every dtype."""
+    u, v = np.round(8 * np.random.default_rng(15).normal(size=(2, *shape))) / 8
+    return {"others": (jnp.asarray(u, dtype), jnp.asarray(v, dtype))}
+
+
 def branch(dtype, shape):
     """The second of several branches."""
     return {"branch": 1}
@@ -448,5 +454,30 @@ CASES = {
         (16, 3, 3, 4),
         extra=style,
         residual_bytes=3.3,  # the style in float32
+    ),
+    "TReLU": Case(nj.TReLU(), (16, 4)),
+    "TPReLU": Case(nj.TPReLU(axis=1), (16, 4, 3)),
+    "WeightNormalizedAddition": Case(
+        nj.WeightNormalizedAddition(initial=(0.5, 1.0, -1.0)),
+        (16, 4),
+        extra=operands,
+        residual_bytes=5.1,  # the others in float32 beside bfloat16
+    ),
+}
+# Methods over kernels, with the shape of a kernel.
+KERNELS = {
+    "WeightNorm": Case(nj.WeightNorm(), (16, 3, 6)),
+    "WeightNorm, norm of all, authors' epsilon": variant(
+        nj.WeightNorm(feature_axes=(), epsilon=1e-8, epsilon_place="norm"), (16, 4)
+    ),
+    "StrictWeightNorm": Case(nj.StrictWeightNorm(feature_axes=(1, -1)), (16, 3, 4)),
+    "StrictWeightNorm, transposed": variant(nj.StrictWeightNorm(strides=(2, 1)), (8, 3, 2, 4)),
+    "WeightStandardization": Case(nj.WeightStandardization(), (16, 3, 4), collectives=2),
+    "ScaledWeightStandardization": variant(
+        nj.ScaledWeightStandardization(gamma=1.7), (16, 3, 4), collectives=2
+    ),
+    "SpectralWeightNorm": Case(nj.SpectralWeightNorm(), (16, 3, 4), collectives=2),
+    "SpectralWeightNorm, two axes, two steps": variant(
+        nj.SpectralWeightNorm(feature_axes=(1, -1), iterations=2), (8, 3, 2, 4), collectives=3
     ),
 }

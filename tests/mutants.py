@@ -66,6 +66,8 @@ INTEROP = "normjax/interop.py"
 BALANCE, WHITENESS = (f"normjax/analysis/{name}.py" for name in ("balance", "whitening"))
 MATRICES, ROOTS = (f"normjax/core/{name}.py" for name in ("matrices", "roots"))
 WHITENING = "normjax/methods/whitening.py"
+KERNEL_NORMS, TRANSLATED = (f"normjax/methods/{name}.py" for name in ("weights", "translated"))
+KERNELS = "normjax/kernels.py"
 
 OF_PASSES = {
     "transpose of the drop doubled": Mutant(
@@ -1531,6 +1533,159 @@ OF_WHITENING = {
     ),
 }
 
+OF_KERNELS = {
+    "rows of a kernel not corrected for strides": Mutant(
+        KERNEL_NORMS,
+        "method.root(square / math.prod(_strides(method, wide.shape)))",
+        "method.root(square)",
+        some("methods/test_weights.py", "transposed_convolutions"),
+    ),
+    "strides of a kernel multiplied": Mutant(
+        KERNEL_NORMS,
+        "square / math.prod(",
+        "square * math.prod(",
+        some("methods/test_weights.py", "transposed_convolutions"),
+    ),
+    "rows summed on one device": Mutant(
+        KERNEL_NORMS,
+        "total if method.axis_name is None else lax.psum(total, method.axis_name)",
+        "total",
+        contract("WeightNorm-devices"),
+    ),
+    "length of rows on one device": Mutant(
+        KERNEL_NORMS,
+        "return devices * math.prod(",
+        "return math.prod(",
+        contract("WeightStandardization-devices"),
+    ),
+    "normalized kernels in float32": Mutant(
+        KERNEL_NORMS,
+        "function(widen(kernel), *small).astype(kernel.dtype)",
+        "function(widen(kernel), *small)",
+        contract("StrictWeightNorm-structure"),
+    ),
+    "kernels summed in half precision": Mutant(
+        KERNEL_NORMS,
+        "return function(widen(kernel), *small)",
+        "return function(kernel, *small)",
+        contract("StrictWeightNorm-numbers"),
+    ),
+    "kernels kept more than once": Mutant(
+        KERNEL_NORMS,
+        "return jax.checkpoint(run, prevent_cse=False)(kernel, *small)",
+        "return run(kernel, *small)",
+        contract("StrictWeightNorm-memory"),
+    ),
+    "scales of rows start at one": Mutant(
+        KERNEL_NORMS,
+        "scale = _norm(alone, widen(rows.kernel), rows.along)",
+        "scale = jnp.ones_like(_norm(alone, widen(rows.kernel), rows.along))",
+        some("test_kernels.py", "changes_nothing"),
+    ),
+    "gradients through the power iteration": Mutant(
+        KERNEL_NORMS,
+        "    wide = lax.stop_gradient(widen(rows.kernel))\n    side",
+        "    wide = widen(rows.kernel)\n    side",
+        contract("SpectralWeightNorm-derivatives"),
+    ),
+    "power iteration not normalized": Mutant(
+        KERNEL_NORMS,
+        "moved * lax.rsqrt(jnp.where(found, square, 1))",
+        "moved * 1",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "power iteration of zeros": Mutant(
+        KERNEL_NORMS,
+        "jnp.where(found, moved.astype(vector.dtype), vector)",
+        "moved.astype(vector.dtype)",
+        some("methods/test_weights.py", "zeros_are_harmless"),
+    ),
+    "power iteration in evaluation": Mutant(
+        KERNEL_NORMS,
+        "range(self.iterations if train else 0)",
+        "range(self.iterations)",
+        some("methods/test_weights.py", "recorded_spectral"),
+    ),
+    "bound without overlap": Mutant(
+        KERNEL_NORMS,
+        'if method.operator != "bound":',
+        'if method.operator != "torus":',
+        some("methods/test_weights.py", "factor_of_a_convolution"),
+    ),
+    "wave of another frequency": Mutant(
+        KERNEL_NORMS,
+        "jnp.argmax(values[:, 0])",
+        "jnp.argmin(values[:, 0])",
+        some("methods/test_weights.py", "factor_of_a_convolution"),
+    ),
+    "wave turned backwards": Mutant(
+        KERNEL_NORMS,
+        "-jnp.sin(2 * math.pi * turns)",
+        "jnp.sin(2 * math.pi * turns)",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "inputs and features of a wave mixed up": Mutant(
+        KERNEL_NORMS,
+        "if rows.at == (rank - 1,) else (after, before)",
+        "if rows.at == (rank - 2,) else (after, before)",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "forward passes move the vectors": Mutant(
+        LINEN,
+        'self.is_mutable_collection("kernel_stats") and not self.is_initializing()',
+        "not self.is_initializing()",
+        some("test_kernels.py", "linen_forward_passes"),
+    ),
+    "calls with mutable vectors leave them": Mutant(
+        LINEN,
+        'self.is_mutable_collection("kernel_stats") and not self.is_initializing()',
+        "False",
+        some("test_kernels.py", "linen_forward_passes"),
+    ),
+    "a step that moves nothing": Mutant(
+        NNX,
+        "*self._own(), train=True)",
+        "*self._own())",
+        some("test_kernels.py", "nnx_forward_passes"),
+    ),
+    "every wrapped parameter is a kernel": Mutant(
+        KERNELS,
+        'if path[-1] == "kernel"]',
+        "]",
+        some("test_kernels.py", "refuse_what_does_not_fit"),
+    ),
+    "projected rows added to the old ones": Mutant(
+        OPTIM,
+        "old + update.astype(wide), train=True)[0] - old",
+        "old + update.astype(wide), train=True)[0]",
+        some("test_kernels.py", "unit_rows"),
+    ),
+    "threshold below zero": Mutant(
+        TRANSLATED,
+        "jnp.where(inputs[0] > bias, inputs[0], bias)",
+        "jnp.where(inputs[0] > bias, inputs[0], 0 * bias)",
+        some("methods/test_translated.py", "test_oracle"),
+    ),
+    "slopes beyond the ends": Mutant(
+        TRANSLATED,
+        "slope = jnp.where(inside, slope, ",
+        "slope = jnp.where(inside | True, slope, ",
+        some("methods/test_translated.py", "slopes_at"),
+    ),
+    "no gradient at the ends": Mutant(
+        TRANSLATED,
+        "inside = (slope >= 0) & (slope <= 1)",
+        "inside = (slope > 0) & (slope < 1)",
+        some("methods/test_translated.py", "slopes_at"),
+    ),
+    "others of an addition not masked": Mutant(
+        TRANSLATED,
+        "passes.inputs(self, a, mask)[0]",
+        "passes.inputs(self, a, None)[0]",
+        contract("WeightNormalizedAddition-masks"),
+    ),
+}
+
 POPULATION, OBSERVERS, MICROBATCHES = (
     f"normjax/{name}.py" for name in ("population", "observers", "training/microbatches")
 )
@@ -1730,6 +1885,7 @@ OF_INTEROP = {
 }
 
 MUTANTS = {
+    **OF_KERNELS,
     **OF_ANALYSIS,
     **OF_POPULATIONS,
     **OF_FOLDING,

@@ -19,6 +19,36 @@ import jax
 from flax import {front} as flax_{front}
 
 '''
+WRAPPER = {
+    "linen": """class NormalizedKernels(flax_linen.Module):
+    module: flax_linen.Module
+    method: Any
+    patterns: tuple[str, ...] | None = ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def step(self, variables: Any) -> dict[str, Any]: ...
+    def wrap(self, variables: Any, key: Any = None) -> dict[str, Any]: ...
+    def unwrap(self, variables: Any) -> dict[str, Any]: ...
+""",
+    "nnx": """class NormalizedKernels(flax_nnx.Module):
+    module: flax_nnx.Module
+    patterns: tuple[str, ...] | None
+    kernels: Any
+    kernel_stats: Any
+    def __init__(
+        self,
+        module: flax_nnx.Module,
+        method: Any,
+        patterns: tuple[str, ...] | None = None,
+        *,
+        rngs: flax_nnx.Rngs | None = None,
+    ) -> None: ...
+    @property
+    def method(self) -> Any: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def step(self) -> None: ...
+    def unwrap(self) -> Any: ...
+""",
+}
 FRONT = """    def method_of(self) -> Any: ...
     def unpack(self, x: Any) -> tuple[Any, Any]: ...
     def evaluates(self, use_running_average: bool | None) -> bool: ...
@@ -101,7 +131,10 @@ def stubs():
         title = f"Every method as a Flax {'NNX' if front == 'nnx' else 'Linen'} module"
         abstract = "Callable, Mapping" if front == "nnx" else "Callable"
         names = sorted(module.__all__, key=lambda name: (name not in ("Front", "Norm"), name))
-        parts = [write(name, getattr(module, name)) for name in names]
+        parts = [
+            WRAPPER[front] if n == "NormalizedKernels" else write(n, getattr(module, n))
+            for n in names
+        ]
         exported = "".join(f'    "{name}",\n' for name in module.__all__)
         text = HEAD.format(title=title, front=front, abstract=abstract) + "\n".join(parts)
         path = pathlib.Path(module.__file__).with_suffix(".pyi")

@@ -114,7 +114,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(front, tmp_path):
 
 
 def test_fewer_devices_go_on_with_the_same_groups(tmp_path):
-    # Explicit axes would not do: Flax's dropout does not run with samples shared over them.
+    # Explicit axes would not do: Linen's dropout does not run with samples shared over them.
     how = {"axis_types": (AxisType.Auto,)}
     meshes = [jax.make_mesh((n,), ("data",), devices=jax.devices()[:n], **how) for n in (8, 4)]
     states = []

@@ -170,6 +170,36 @@ def test_sums_are_known_by_their_names(checked):
     assert not compat.is_sum(primitive("mul"))
 
 
+def test_what_is_dear_to_make_again_is_known(monkeypatch):
+    """Names and descriptions of primitives, for `training.checkpoint_policy`."""
+
+    def run(a, image, kernel):
+        matrix = jnp.einsum("bij,kij->bk", a, a) + jnp.linalg.cholesky(a[0])
+        return matrix, jnp.linalg.eigh(a[1]), lax.conv(image, kernel, (1, 1), "SAME")
+
+    image, kernel = jnp.ones((2, 6, 4, 4)), jnp.ones((5, 6, 3, 3))
+    equations = list(every(jax.make_jaxpr(run)(jnp.ones((3, 3, 3)), image, kernel).jaxpr))
+    found = [
+        compat.factors(e.primitive, *(v.aval for v in e.invars), **e.params) for e in equations
+    ]
+    assert sorted(n for n in found if n) == [9, 54]
+    costly = {e.primitive.name for e in equations if compat.is_costly(e.primitive)}
+    assert costly == {"eigh", "cholesky"}
+    monkeypatch.setattr(compat, "_told", set())
+    product = types.SimpleNamespace(name="dot_general")
+    with pytest.warns(RuntimeWarning, match="checkpoint_policy keeps no products"):
+        assert compat.factors(product, image, image, dimension_numbers=None) == 0
+
+
+def every(jaxpr):
+    """The equations of a jaxpr, inside of others too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for part in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(part, "jaxpr", part)
+            yield from every(inner) if hasattr(inner, "eqns") else ()
+
+
 # What JAX says may change, by dotted name, and attributes of its objects.
 INTERNAL = re.compile(r"(jax\.(interpreters|extend|experimental|core|_src)|jaxlib|flax\.nnx\.nn)\b")
 ATTRIBUTES = ("manual_axis_type", "vma", "module_context", "axis_context", "num_devices", "_trace")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES
+from cases import CASES, KERNELS
 from flax import linen as nn
 from flax import nnx as fnnx
 from jax import export
@@ -371,7 +371,8 @@ def test_train_must_be_said(name):
     cls = getattr(nj, name)
     if not (isinstance(cls, type) and hasattr(cls, "apply")):
         return
-    case = next(c for c in CASES.values() if isinstance(c.method, cls))
+    every = (CASES | KERNELS).values()
+    case = next(c for c in every if isinstance(c.method, cls))
     params, state = case.variables()
     with pytest.raises(TypeError, match="train"):
         case.method.apply(params, state, case.inputs())

@@ -33,7 +33,7 @@ LAYERS = [
     ["propagate.__init__"],
     ["methods.spectral.transforms"],
     ["methods.spectral.spatial", "methods.spectral.bands"],
-    ["methods.batch", "methods.layer", "methods.dynamic"],
+    ["methods.batch", "methods.layer", "methods.dynamic", "methods.weights"],
     ["methods.group"],
     ["methods.conditional"],
     ["methods", "methods.spectral"],
@@ -41,6 +41,7 @@ LAYERS = [
     ["__init__"],
     ["testing.measure", "testing.subject"],
     ["paths"],
+    ["kernels"],
     ["linen", "nnx", "optim", "testing"],
     ["testing.__init__"],
     ["modules", "observers"],
@@ -193,7 +194,9 @@ def test_import_normjax_brings_no_framework():
 def public_modules():
     """The package, its front ends and tools; of `propagate` and the like the package alone."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
-    hidden = re.compile(r"normjax\.(core|methods|paths|(folding|propagate|testing|training)\.)")
+    hidden = re.compile(
+        r"normjax\.(core|methods|paths|kernels|(folding|propagate|testing|training)\.)"
+    )
     return sorted(name for name in names if not hidden.match(name))
 
 

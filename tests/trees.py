@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from flax import traverse_util
 
@@ -47,6 +48,7 @@ INPUTS = {
     "SandwichAuxBatchNorm": {"branch": 1},
     "AdaptiveInstanceNorm": {"style": X},
     "SandwichAdaptiveInstanceNorm": {"style": X},
+    "WeightNormalizedAddition": {"others": X},
 }
 
 
@@ -56,10 +58,10 @@ def describe(tree):
     return {path: f"{a.dtype}{list(a.shape)}" for path, a in sorted(flat.items())}
 
 
-def linen_tree(module):
+def linen_tree(module, arguments=(True,)):
     """The variable tree that a Linen module makes."""
     given = INPUTS.get(type(module).__name__, {})
-    return describe(jax.eval_shape(lambda: module.init(jax.random.key(0), X, True, **given)))
+    return describe(jax.eval_shape(lambda: module.init(jax.random.key(0), X, *arguments, **given)))
 
 
 def nnx_tree(module):
@@ -75,11 +77,17 @@ def nnx_tree(module):
 def trees():
     """The tree of every class of both front ends."""
     made = {"linen": {}, "nnx": {}}
-    for name in sorted(set(linen.__all__) - {"Front"}):
+    for name in sorted(set(linen.__all__) - {"Front", "NormalizedKernels"}):
         given = ARGUMENTS.get(name, {})
         made["linen"][name] = linen_tree(getattr(linen, name)(**given))
         rngs = flax_nnx.Rngs(0)
         made["nnx"][name] = nnx_tree(getattr(nnx, name)(num_features=FEATURES, rngs=rngs, **given))
+    for method in (nj.WeightNorm(), nj.SpectralWeightNorm()):
+        name = f"NormalizedKernels, {type(method).__name__}"
+        wrapped = linen.NormalizedKernels(flax_linen.Conv(3, (2, 2)), method)
+        made["linen"][name] = linen_tree(wrapped, ())
+        plain = flax_nnx.Conv(FEATURES, 3, (2, 2), rngs=flax_nnx.Rngs(0))
+        made["nnx"][name] = nnx_tree(nnx.NormalizedKernels(plain, method))
     return made
 
 

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(argv):
-    from benchmarks.compilers import layers, networks
+    from benchmarks.compilers import layers, memory, networks
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compilers",
@@ -68,6 +68,7 @@ def _options(argv):
         ("methods", layers.CASES),
         ("dtypes", layers.DTYPES),
         ("networks", networks.CASES),
+        ("stacks", memory.CASES),
     ):
         parser.add_argument(
             f"--{name}",

@@ -96,7 +96,7 @@ def residual(arm: str, batch: int = 64, size: int = 224, **how: Any) -> Step:
     name = "normjax, relu inside" if arm == INSIDE else arm
     model = resnet.network(name, **how)
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.bfloat16)
-    variables = jax.eval_shape(functools.partial(model.init, train=False), _key(), images)
+    variables = jax.eval_shape(functools.partial(model.init, train=False), key(), images)
     params, statistics = variables["params"], variables["batch_stats"]
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     return resnet.training_step(model), ((params, statistics, params), images, labels)
@@ -130,13 +130,13 @@ def _library(arm):
     return nn if arm == "flax" else normjax.linen
 
 
-def _key():
+def key():
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _gradients(model, shape):
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    params = jax.eval_shape(model.init, _key(), x)
+    params = jax.eval_shape(model.init, key(), x)
     return jax.value_and_grad(model.apply), (params, x)
 
 

@@ -39,7 +39,7 @@ def failures(results: dict[str, Any], sections: Sequence[str]) -> list[str]:
 def tables(results: dict[str, Any], sections: Sequence[str]) -> None:
     """Prints the tables of some sections, and what did not compile."""
     console = Console(width=None if sys.stdout.isatty() else 200)
-    shows = {"layers": _layers, "networks": _networks, "pods": _pods}
+    shows = {"layers": _layers, "networks": _networks, "memory": _networks, "pods": _pods}
     for section in sections:
         for topology, found in results.items():
             rows = [row for row in found.get(section, {"rows": ()})["rows"] if "note" not in row]
@@ -94,6 +94,7 @@ def size_text(row: dict[str, Any]) -> str:
 
 def _networks(topology, rows):
     right = ("GiB in memory", "/ flax", "temporaries, MiB", "/ flax", "kernels", "estimated / flax")
+    right += ("kept / flax", "operations of products / flax")
     table = _table(f"{topology}: a training step", ("network", "norms"), right)
     for row, ratios in zip(rows, over_flax(rows), strict=True):
         table.add_row(
@@ -104,7 +105,7 @@ def _networks(topology, rows):
             f"{row['temporaries'] / 2**20:.0f}",
             ratios["temporaries"],
             str(row["kernels"]),
-            ratios["seconds"],
+            *(ratios[name] for name in ("seconds", "kept", "products")),
         )
     return table
 
@@ -117,7 +118,7 @@ def over_flax(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     known = [{"moved": moved(row), **row} for row in rows]
     base = {row["network"]: row for row in known if row["norms"] == "flax"}
     ratio = lambda a, b: f"{a / b:.2f}" if a and b else ""
-    names = ("moved", "temporaries", "kernels", "seconds")
+    names = ("moved", "temporaries", "kernels", "seconds", "kept", "products")
     return [
         {n: ratio(row.get(n), base.get(row["network"], {}).get(n)) for n in names} for row in known
     ]

@@ -155,7 +155,7 @@ def _touched(module, computation, name):
     for user, place in computation.users[name]:
         if user.opcode in SLICES and place == 0:
             total += sum(array.elements for array in _leaves(user.shape))
-        elif user.opcode in VIEWS:
+        elif user.opcode in VIEWS or _is_view(module, user):
             total += _touched(module, computation, user.name)
         elif user.opcode == "dynamic-update-slice" and place == 0:
             # In place where it is what the fusion returns.
@@ -166,6 +166,14 @@ def _touched(module, computation, name):
         else:
             return whole
     return min(total, whole)
+
+
+def _is_view(module, one):
+    """Whether a fusion in a fusion is one operand element by element: the tiles of a TPU."""
+    if one.opcode != "fusion" or len(one.operands) != 1:
+        return False
+    inner = module.computations[one.called("calls")[0]].instructions.values()
+    return all(each.opcode in (*VIEWS, "parameter") for each in inner)
 
 
 def _returned(computation, name):

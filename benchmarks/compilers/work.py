@@ -9,7 +9,7 @@ from benchmarks import machine
 from benchmarks.compilers import targets
 from benchmarks.compilers.targets import Target
 
-SECTIONS = ("layers", "networks", "pods")
+SECTIONS = ("layers", "networks", "memory", "pods")
 
 
 def messages(target: Target, options: Namespace) -> Iterator[tuple[Any, ...]]:
@@ -42,13 +42,14 @@ def messages(target: Target, options: Namespace) -> Iterator[tuple[Any, ...]]:
 def _serve(pipe, target, options):
     targets.prepare()
     from benchmarks.bandwidth import attempt
-    from benchmarks.compilers import layers, networks, pods
+    from benchmarks.compilers import layers, memory, networks, pods
 
     try:
         compiler = targets.Compiler(target, options.dump)
         jobs = {
             "layers": lambda: layers.jobs(compiler, options.methods, options.dtypes),
             "networks": lambda: networks.jobs(compiler, options.networks),
+            "memory": lambda: memory.jobs(compiler, options.stacks),
             "pods": lambda: pods.jobs(compiler),
         }
         for name in options.only:

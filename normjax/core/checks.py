@@ -49,6 +49,10 @@ sizes = _rule(
     lambda a: isinstance(a, tuple) and a and not any(map(positive, a)),
     "is not a sequence of positive integers",
 )
+positives = _rule(
+    lambda a: several(a) and not any(map(positive, several(a))),
+    "is not a positive integer or a non-empty sequence of them",
+)
 integers = _rule(
     lambda a: several(a) and all(map(_is_int, several(a))),
     "is not an integer or a non-empty sequence of integers",

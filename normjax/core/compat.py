@@ -11,6 +11,7 @@ that know no other primitives. `plain_derivatives()` does it for a while.
 import contextlib
 import contextvars
 import functools
+import math
 import operator
 import os
 import warnings
@@ -152,6 +153,29 @@ def varying(a: jax.Array) -> frozenset[str]:
 def is_sum(primitive: Any, *_: Any, **__: Any) -> bool:
     """A policy of `jax.checkpoint`: sums are kept. By another name they would be made again."""
     return primitive.name in ("normjax_sums", "reduce_sum", "psum", "psum_invariant")
+
+
+def is_costly(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: sums over devices, eigenvalues and Cholesky factors are kept.
+
+    By another name they would be made again.
+    """
+    return primitive.name in ("psum", "psum_invariant", "eigh", "cholesky")
+
+
+def factors(primitive: Any, *operands: Any, **params: Any) -> int:
+    """How many products are summed to a number of a convolution or a matrix product; else 0."""
+    numbers: Any = params.get("dimension_numbers")
+    try:
+        if primitive.name == "dot_general":
+            (contracted, _), _ = numbers
+            return math.prod(operands[0].shape[i] for i in contracted)
+        if primitive.name == "conv_general_dilated":
+            kernel = operands[1].shape
+            return math.prod(kernel) // max(kernel[numbers.rhs_spec[0]], 1)
+    except (AttributeError, TypeError, ValueError) as error:
+        _without(error, "checkpoint_policy keeps no products")
+    return 0
 
 
 try:

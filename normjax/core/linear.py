@@ -17,6 +17,7 @@ from normjax.core import compat
 from normjax.core.compat import is_plain
 from normjax.core.cpu import unfenced
 from normjax.core.sharding import align, place, spec
+from normjax.core.statistics import named
 
 
 class Input(NamedTuple):
@@ -42,6 +43,7 @@ def differentiated(
     static: int = 0,
     moving: int | None = None,
     saves: Callable | None = None,
+    dear: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Decorator of a pass: its tangent is linear, and transposes by the given function.
 
@@ -55,6 +57,8 @@ def differentiated(
       tangent: `tangent(*static, saved, tangents)`, linear in the tuple of tangents.
       transpose: `transpose(*static, saved, cotangents)`, a tuple: the cotangents of the tangents.
       saves: `saves(out, *args)`, what both need; None: the arrays.
+      dear: whether policies of `jax.checkpoint` are to know what the function returns: it is
+        `named` where it is differentiated, for they do not look into functions with a rule.
     """
 
     def decorate(function):
@@ -67,6 +71,7 @@ def differentiated(
         def rule(fenced, *given):
             *options, primals, tangents = given
             out = fenced(*primals, *options)
+            out = named(out) if dear else out
             moved = tuple(map(_carrier, tangents[:moving]))
             values = tuple(map(_value, primals))
             saved = values if saves is None else saves(out, *values, *options)

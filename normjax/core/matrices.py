@@ -233,6 +233,7 @@ def _mean_cov_transpose(where, diagonal, saved, cotangents):
     static=2,
     moving=1,
     saves=lambda out, x, mask, n, where, diagonal: (x, out[0], mask, n),
+    dear=True,
 )
 def _mean_cov(x, mask, n, where, diagonal):
     mean = _means(widen(x), mask, n, where)

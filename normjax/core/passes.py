@@ -171,6 +171,7 @@ def _mean_var_transpose(how, saved, cotangents):
     static=1,
     moving=1,
     saves=lambda out, x, mask, n, how: (x, out[0], mask, n),
+    dear=True,
 )
 def _mean_var(x, mask, n, how):
     return mean_and_variance(x, mask, n, how)
@@ -187,7 +188,7 @@ def _mean_square_transpose(how, saved, g):
     return (keep(mask, _centre(x, None, mask) * at(mask, slope)),)
 
 
-@differentiated(_mean_square_tangent, _mean_square_transpose, static=1, moving=1)
+@differentiated(_mean_square_tangent, _mean_square_transpose, static=1, moving=1, dear=True)
 def _mean_square(x, mask, n, how):
     return mean_square(x, mask, n, how)
 

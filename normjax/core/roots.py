@@ -66,7 +66,7 @@ def _zca_transpose(saved, cotangents):
     return (-product(product(matrix, back), matrix),)
 
 
-@differentiated(_zca_tangent, _zca_transpose, saves=lambda out, cov: (cov, *out))
+@differentiated(_zca_tangent, _zca_transpose, saves=lambda out, cov: (cov, *out), dear=True)
 def _zca(cov):
     """The root, and roots of the eigenvalues and eigenvectors: constants of all derivatives."""
     values, vectors = jnp.linalg.eigh(cov, symmetrize_input=False)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from normjax.core.sharding import place, spec
 from normjax.core.structs import AxisGroups, AxisName
@@ -13,6 +14,7 @@ from normjax.core.structs import AxisGroups, AxisName
 Tree = TypeVar("Tree")
 Statistics = TypeVar("Statistics", "Moments", "Covariances")
 
+NAME = "normjax.statistics"  # by which a policy of `jax.checkpoint` knows them
 LARGE_MESSAGE = 1 << 20  # bytes, from which two all-reduces beat one of all devices' statistics
 
 
@@ -58,6 +60,14 @@ class Parted(NamedTuple):
     mean: jax.Array
     var: jax.Array  # of covariances the covariance
     parts: Any  # what the method's `coefficients` take
+
+
+def named(tree: Tree) -> Tree:
+    """`tree`, whose arrays have the name by which a policy of `jax.checkpoint` keeps them.
+
+    In a compiled program the name is nothing.
+    """
+    return jax.tree.map(lambda a: checkpoint_name(a, NAME), tree)
 
 
 def whole(seen: Any) -> Any:

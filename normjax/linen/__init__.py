@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.core import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import normjax
-from normjax.core import checks
+from normjax import kernels
 from normjax.core.fields import Configuration
 from normjax.core.method import Traits, feature_sizes, observes, of_statistics, traits
 from normjax.core.statistics import whole
@@ -136,8 +138,116 @@ class Norm(Front):
 
     def method_of(self) -> Any:
         """The method, checked."""
-        checks.require("Norm", "method", self.method, checks.method)
+        kernels.require_activations(self.method)
         return self.method
+
+
+class NormalizedKernels(nn.Module):
+    """A layer, or a whole model, whose kernels are normalized: `NormalizedKernels(nn.Dense(3), m)`.
+
+    The parameters of the module stay as they are: a call runs it with normalized kernels in their
+    place. `params` has an entry `kernels` for what the method learns, the norms of `WeightNorm`.
+    The vectors of `SpectralWeightNorm` are in the collection `kernel_stats`, and no call moves them
+    but those that have it mutable. `step` does: take one before the calls of a training step, all
+    of which then use one estimate. For wrappers inside of a model one call in evaluation mode with
+    `mutable=["kernel_stats"]` does it for all; under `jit` that costs no pass through the model.
+
+    Inside of `nn.scan` and `nn.vmap` wrap the layers, not the stack: in a stack of kernels rows
+    would reach over its layers.
+
+    Attributes:
+      module: the layer or model.
+      method: a method over kernels, such as `normjax.WeightNorm()`, for all of them.
+      patterns: which parameters are kernels, as in `normjax.optim`, such as `("conv_*/kernel",)`;
+        None: those called `kernel`.
+
+    Raises:
+      ValueError: in calls, for a method over activations, a pattern that matches nothing, and a
+        module without kernels.
+
+    Example:
+      >>> import jax, flax.linen as nn, normjax as nj, normjax.linen
+      >>> x = jax.numpy.ones((2, 4))
+      >>> layer = normjax.linen.NormalizedKernels(nn.Dense(3), nj.WeightNorm())
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> sorted(variables["params"]), variables["params"]["kernels"]["kernel"]["scale"].shape
+      (['kernels', 'module'], (3,))
+      >>> plain = layer.unwrap(variables)
+      >>> bool(jax.numpy.allclose(nn.Dense(3).apply(plain, x), layer.apply(variables, x)))
+      True
+    """
+
+    module: nn.Module
+    method: Any
+    patterns: tuple[str, ...] | None = None
+
+    @nn.compact
+    def __call__(self, *args, **kwargs):
+        """The output of the module for these arguments, with normalized kernels."""
+        if self.is_initializing():
+            self.module(*args, **kwargs)  # makes the parameters
+        plain = self._kernels(self.module.variables)
+        fresh = lambda key: tuple(map(unflatten_dict, kernels.initial(self.method, key, plain)))
+        params, state = jax.eval_shape(fresh, jax.random.key(0))
+        cell = None
+        if flatten_dict(params):
+            params = self.param("kernels", lambda key: fresh(key)[0])
+        if flatten_dict(state):
+            start = lambda: fresh(self.make_rng("params"))[1]
+            cell = self.variable("kernel_stats", "kernels", start)
+            state = cell.value
+        move = self.is_mutable_collection("kernel_stats") and not self.is_initializing()
+        normal, state = kernels.normalize(self.method, plain, params, state, train=move)
+        if move and cell is not None:
+            cell.value = unflatten_dict(state)
+        with_normal = lambda variables: {"params": _replaced(variables["params"], normal)}
+        run = lambda module: module(*args, **kwargs)
+        return nn.map_variables(run, "params", trans_in_fn=with_normal)(self.module)
+
+    def step(self, variables: Any) -> dict[str, Any]:
+        """The variables of this module, unbound, with what the method keeps moved by one step."""
+        _, state = self._normalize(variables, train=True)
+        if not any(state.values()):
+            return {**variables}
+        return {**variables, "kernel_stats": {"kernels": unflatten_dict(state)}}
+
+    def wrap(self, variables: Any, key: Any = None) -> dict[str, Any]:
+        """The variables of this module, unbound, for those of the plain one, trained or not.
+
+        `key` (None: 0) starts power iterations.
+        """
+        key = jax.random.key(0) if key is None else key
+        params, state = kernels.initial(self.method, key, self._kernels(variables))
+        wrapped = {name: {"module": tree} for name, tree in variables.items()}
+        if any(params.values()):
+            wrapped["params"]["kernels"] = unflatten_dict(params)
+        if any(state.values()):
+            wrapped["kernel_stats"] = {"kernels": unflatten_dict(state)}
+        return wrapped
+
+    def unwrap(self, variables: Any) -> dict[str, Any]:
+        """The variables of the plain module that does the same as this one, unbound."""
+        plain = {name: tree["module"] for name, tree in variables.items() if "module" in tree}
+        normal, _ = self._normalize(variables)
+        return plain | {"params": _replaced(plain["params"], normal)}
+
+    def _normalize(self, variables, **how):
+        """The normalized kernels and the state, of variables of this module, unbound."""
+        own = (variables.get(name, {}).get("kernels", {}) for name in ("params", "kernel_stats"))
+        plain = self._kernels({"params": variables["params"]["module"]})
+        return kernels.normalize(self.method, plain, *own, **how)
+
+    def _kernels(self, variables):
+        kernels.require(self.method)
+        params = flatten_dict(nn.unbox(variables).get("params", {}))
+        return kernels.named(params, self.patterns)
+
+
+def _replaced(params, values):
+    """Parameters with some in place of others, by path, in the boxes of these."""
+    flat = flatten_dict(params)
+    new = {path: meta.replace_boxed(flat[path], value) for path, value in values.items()}
+    return unflatten_dict(flat | new)
 
 
 def _module(method):
@@ -168,7 +278,7 @@ def _module(method):
 MODULES = {
     name: _module(thing)
     for name, thing in vars(normjax).items()
-    if isinstance(thing, type) and issubclass(thing, Configuration)
+    if isinstance(thing, type) and issubclass(thing, Configuration) and not kernels.over(thing)
 }
 globals().update(MODULES)  # their types are in the stub
-__all__ = sorted(["Front", "Norm", *MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(["Front", "NormalizedKernels", "Norm", *MODULES])  # pyright: ignore[reportUnsupportedDunderAll]

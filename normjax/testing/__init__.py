@@ -14,6 +14,7 @@ __all__ = [
     "check_method",
     "count_collectives",
     "derivative_gaps",
+    "has_check",
     "plain_derivatives",
     "residual_bytes",
     "with_axis_name",
@@ -35,6 +36,17 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
 }
 
 
+def has_check(subject: Subject, name: str) -> bool:
+    """Whether a check is for a method: those over kernels take no masks.
+
+    Example:
+      >>> import normjax as nj
+      >>> has_check(Subject(nj.WeightNorm(), (8, 4)), "masks")
+      False
+    """
+    return not (subject.over_kernels and name == "masks")
+
+
 def check_method(
     method: Any,
     shape: tuple[int, ...],
@@ -45,9 +57,9 @@ def check_method(
 ) -> list[str]:
     """Puts a method through the contract; returns the names of the checks that ran.
 
-    `shape` is that of an input, the batch first; `only` and `skip` are names of checks to run and
-    not to run, of `CHECKS` (else ValueError); `promises` are the other fields of `Subject`, such as
-    `residual_bytes`. AssertionError at the first promise that does not hold.
+    `shape` is that of an input, the batch first, or of a kernel; `only` and `skip` are names of
+    checks to run and not to run, of `CHECKS` (else ValueError); `promises` are the other fields of
+    `Subject`, such as `residual_bytes`. AssertionError at the first promise that does not hold.
 
     Checks that need devices use all there are, two or more, by which the batch can be divided;
     where there is one, simulate several with `XLA_FLAGS=--xla_force_host_platform_device_count=8`.
@@ -62,8 +74,8 @@ def check_method(
     for name in (*only, *skip):
         if name not in CHECKS:
             raise ValueError(f"check_method: {name!r} is not one of {', '.join(CHECKS)}.")
-    chosen = [name for name in only if name not in skip]
     subject = Subject(method, shape, **promises)
+    chosen = [name for name in only if name not in skip and has_check(subject, name)]
     for name in chosen:
         CHECKS[name](subject)
     return chosen

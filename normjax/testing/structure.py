@@ -67,7 +67,7 @@ def check_memory(subject: Subject) -> None:
     samples = larger.extras("sample", jnp.float32)
     for dtype in (jnp.float32, jnp.bfloat16):
         x = jax.ShapeDtypeStruct(larger.shape, dtype)
-        for mask in (None, larger.rows()):
+        for mask in larger.masks():
             output = lambda p, samples, x, mask=mask: larger.apply(p, state, x, mask, samples)[0]
             kept = residual_bytes(output, params, samples, x) - 4 * small / (
                 x.size * x.dtype.itemsize

@@ -16,6 +16,9 @@ from normjax.core.method import feature_sizes, replace, traits
 class Subject:
     """A method under test with data that fit it.
 
+    The input of a method over kernels is a kernel. It has no mask; what is divided among devices is
+    its first axis.
+
     Attributes:
       method: the method.
       shape: shape of the input, the batch first.
@@ -62,6 +65,15 @@ class Subject:
         """Sizes of the feature axes."""
         return feature_sizes(self.method, self.shape)
 
+    @property
+    def over_kernels(self) -> bool:
+        """Whether the input is a kernel."""
+        return traits(self.method).over == "kernel"
+
+    def masks(self) -> tuple[Any, ...]:
+        """None and, where the method takes any, a mask."""
+        return (None,) if self.over_kernels else (None, self.rows())
+
     def extras(self, kind: Literal["sample", "whole"], dtype: Any) -> dict[str, Any]:
         """The extra inputs that the traits of the method call `kind`."""
         kinds = traits(self.method).inputs
@@ -69,7 +81,8 @@ class Subject:
 
     def variables(self, dtype: Any = None) -> tuple[Any, Any]:
         """Parameters and state that are not at their initial values; in `dtype` if given."""
-        params, state = self.method.init(jax.random.key(0), self.features)
+        about = self.inputs() if self.over_kernels else self.features
+        params, state = self.method.init(jax.random.key(0), about)
         rng = np.random.default_rng(1)
         moved = lambda a, by: jnp.asarray(np.asarray(a, np.float64) + by, dtype or a.dtype)
         params = jax.tree.map(lambda a: moved(a, 0.3 * rng.normal(size=a.shape)), params)
@@ -91,6 +104,8 @@ class Subject:
         """`method.apply` with a key if it is random, and with extra inputs; `samples`: of `x`."""
         key = jax.random.key(7) if train and traits(self.method).random else None
         method, dtype = self.method if method is None else method, passes.wide(x.dtype)
+        if self.over_kernels:
+            return method.apply(params, state, x, train=train)
         samples = self.extras("sample", dtype) if samples is None else samples
         given = samples | self.extras("whole", dtype)
         return method.apply(params, state, x, train=train, mask=mask, key=key, **given)
@@ -102,11 +117,12 @@ def fill(mask: Any, x: jax.Array, value: float) -> jax.Array:
 
 
 def with_axis_name(method: Any, axis_name: str | tuple[str, ...]) -> Any:
-    """`method` with its batch statistics shared over `axis_name`.
+    """`method` with its statistics of the batch, or of divided rows, shared over `axis_name`.
 
     Example:
       >>> import normjax as nj
       >>> with_axis_name(nj.Ghost(nj.BatchNorm(), groups=2), "batch").method.axis_name
       'batch'
     """
-    return replace(method, axis_name=axis_name, where=lambda one: traits(one).trains)
+    divided = lambda one: traits(one).trains or traits(one).over == "kernel"
+    return replace(method, axis_name=axis_name, where=divided)

@@ -2,6 +2,7 @@
 
 from normjax.training.checkpoints import restore as restore
 from normjax.training.checkpoints import save as save
+from normjax.training.memory import checkpoint_policy as checkpoint_policy
 from normjax.training.microbatches import accumulate as accumulate
 from normjax.training.microbatches import statistics_accumulator as statistics_accumulator
 from normjax.training.placement import pad_batch as pad_batch
@@ -24,6 +25,7 @@ __all__ = [
     "Step",
     "TrainState",
     "accumulate",
+    "checkpoint_policy",
     "create_train_state",
     "make_eval_step",
     "make_train_step",

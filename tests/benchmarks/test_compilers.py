@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import speed
 from benchmarks.compilers import __main__ as command
-from benchmarks.compilers import hlo, layers, networks, targets, traffic, work
+from benchmarks.compilers import hlo, layers, memory, networks, targets, traffic, work
 
 RESULTS = Path(command.__file__).parents[1] / "results" / "compilers"
 
@@ -176,6 +176,22 @@ def test_an_update_that_is_not_returned_is_no_update_in_place():
     assert more[0].written - more[1].written == 6 * 4 * (48 - 8)
 
 
+def test_other_tiles_in_a_fusion_are_a_view():
+    retile = """
+%retile (p: f32[6,8]) -> f32[6,8] {
+  %p = f32[6,8]{1,0} parameter(0)
+  ROOT %tiles = f32[6,8]{1,0} copy(%p)
+}
+
+%body ("""
+    tiles = "  %tiles = f32[6,8]{1,0} fusion(%p0), kind=kLoop, calls=%retile\n  ROOT %new"
+    text = GPU.replace("\n%body (", retile).replace("  ROOT %new", tiles)
+    text = text.replace("dynamic-update-slice(%p0", "dynamic-update-slice(%tiles")
+    assert traffic.count(text) == traffic.count(GPU)
+    more = traffic.count(text.replace("} copy(%p)", "} negate(%p)"))
+    assert more.read - traffic.count(GPU).read == 6 * 4 * 48
+
+
 def test_memory_on_the_chip_padding_and_collectives_of_a_tpu_are_counted():
     tiles, vector, wide = 4 * 8 * 128, 4 * 128, 4 * 256
     read = tiles + tiles // 5 + tiles + (vector + tiles) + vector
@@ -243,7 +259,7 @@ def test_text_that_is_no_program_is_refused(text, words):
         hlo.parse(text)
 
 
-@pytest.mark.parametrize("module", [hlo, traffic, layers])
+@pytest.mark.parametrize("module", [hlo, traffic, layers, memory])
 def test_examples(module):
     assert doctest.testmod(module).failed == 0
 
@@ -269,6 +285,10 @@ ROWS = {
     "networks": [
         {"network": "net", "norms": "flax", **figures(10, seconds=2.0)},
         {"network": "net", "norms": "normjax", **figures(5, seconds=3.0)},
+    ],
+    "memory": [
+        {"network": "net", "norms": "flax", **figures(8, kept=64, products=100)},
+        {"network": "net", "norms": "normjax", **figures(8, kept=16, products=107)},
     ],
     "pods": [
         {
@@ -307,6 +327,8 @@ def test_files_tables_and_plot(compiled, tmp_path, capsys):
         "24/24/24/24",
         "0.50",
         "1.50",
+        "0.25",  # of what is kept
+        "1.07",
         "2 / 3 / 2 (0)",
         "v5e:16x16: RMSNorm [2, 4]: OSError: [gone]",
     ):
@@ -367,6 +389,26 @@ def test_networks_differ_in_their_norms_alone(name):
     how = SMALL.get(name, {"shape": (2, 8, 32), "layers": 2, "heads": 2})
     first, *others = (jax.eval_shape(step, *args) for step, args in (make(a, **how) for a in arms))
     assert all(other == first for other in others)
+
+
+FEW = {
+    "16 scanned blocks": {"shape": (2, 4, 4, 32), "blocks": 2},
+    "12 scanned layers": {"shape": (2, 8, 32), "layers": 2, "heads": 2},
+    "ResNet-50 by blocks": {"batch": 2, "size": 32, "stages": (1,), "width": 8},
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_policies_keep_less_and_repeat_more(name):
+    make, arms = memory.CASES[name]
+    found = {}
+    for arm in ("flax", "normjax", "normjax, checkpoint_policy()"):
+        loss, arguments = make(*arms[arm], **FEW[name])
+        step = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(*arguments)
+        found[arm] = memory.kept(loss, *arguments), memory.products(step.jaxpr)
+    plain, ours, policy = found.values()
+    assert plain[0] > ours[0] > policy[0]
+    assert plain[1] == ours[1] < policy[1] < 1.34 * ours[1]
 
 
 @pytest.mark.slow
