@@ -29,6 +29,7 @@ from normjax.methods.branches import MultiStats
 from normjax.methods.chain import Chain
 from normjax.methods.conditional import Preset
 from normjax.methods.ghost_noise import NoiseState
+from normjax.paths import require_fixed
 
 __all__ = ["Observation", "Observer", "merge", "merge_stacked", "observer"]
 
@@ -418,17 +419,6 @@ def _name(path):
 
 def _nested(tree):
     return tree.unfreeze() if isinstance(tree, FrozenDict) else tree
-
-
-def require_fixed(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """ValueError for a collection of Linen that has more leaves, or fewer, after a call."""
-    for name, tree in new.items():
-        if len(jax.tree.leaves(tree)) != len(jax.tree.leaves(old[name])):
-            raise ValueError(
-                f"Calls of the model change the number of variables in the collection {name!r}, as "
-                "`sow` does, and it must stay. Take the collection out of the variables, or out of "
-                "the statistics of a train state: what is sown there is dropped then."
-            )
 
 
 def _like(variables, new):

@@ -11,8 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from normjax.core.compat import varying
 from normjax.core.structs import several
-from normjax.observers import require_fixed
-from normjax.paths import flatten
+from normjax.paths import flatten, require_fixed
 
 SHARED = "ghost"  # the stream of random methods, which draw for the global batch
 
