@@ -150,7 +150,7 @@ class Exchange:
     Raises:
       ValueError: for a field out of range. In the methods, for arrays that are no leaf, leaves that
         are no array, and shapes that differ, each listed; for a pattern that matches nothing.
-      TypeError: in the methods, for what is no array of numbers.
+      TypeError: for `rename` of another kind. In the methods, for what is no array of numbers.
 
     Example:
       >>> import jax, flax.linen as nn, normjax.linen, numpy as np, normjax.interop as interop
@@ -177,6 +177,9 @@ class Exchange:
 
     def __post_init__(self):
         checks.require("Exchange", "library", self.library, checks.one_of(*LIBRARIES))
+        if not (self.rename is None or callable(self.rename) or isinstance(self.rename, Mapping)):
+            rule = "is no mapping of regular expressions and no function of a path"
+            raise TypeError(f"Exchange: rename={self.rename!r} {rule}.")
         checks.require("Exchange", "scale_offset", self.scale_offset, checks.interval())
         for name in ("epsilon", "scale_offset"):
             value = getattr(self, name)

@@ -29,6 +29,7 @@ from normjax.methods.branches import MultiStats
 from normjax.methods.chain import Chain
 from normjax.methods.conditional import Preset
 from normjax.methods.ghost_noise import NoiseState
+from normjax.paths import require_fixed
 
 __all__ = ["Observation", "Observer", "merge", "merge_stacked", "observer"]
 
@@ -422,6 +423,7 @@ def _nested(tree):
 
 def _like(variables, new):
     """Collections with the containers and boxes of `variables`."""
+    require_fixed(variables, new)
     restore = lambda old, new: jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(new))
     made = {name: restore(old, new[name]) for name, old in variables.items()}
     return FrozenDict(made) if isinstance(variables, FrozenDict) else made

@@ -1,7 +1,7 @@
 """Leaves of trees of Flax and optax by name: their paths, and patterns of these."""
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -50,3 +50,14 @@ def matches(
             raise ValueError(f"{name}: the pattern {pattern!r} matches none of {some}, ...")
         found |= hits
     return found
+
+
+def require_fixed(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """ValueError for a collection of Linen that has more leaves, or fewer, after a call."""
+    for name, tree in new.items():
+        if len(jax.tree.leaves(tree)) != len(jax.tree.leaves(old[name])):
+            raise ValueError(
+                f"Calls of the model change the number of variables in the collection {name!r}, as "
+                "`sow` does, and it must stay. Take the collection out of the variables, or out of "
+                "the statistics of a train state: what is sown there is dropped then."
+            )

@@ -169,6 +169,10 @@ def test_checkpoints_of_something_else_are_refused(tmp_path):
         wide = state._replace(step=jnp.zeros((2,), jnp.int32))
         with pytest.raises(ValueError, match=r"has step as int32\[\], not int32\[2\]"):
             training.restore(manager, wide, fields)
+        with pytest.raises(ValueError, match=r"state.step has the shape \(2,\)"):
+            training.save(manager, wide, fields)
+        like = jax.device_get(state._replace(key=None))._replace(key=state.key)
+        chex.assert_trees_all_equal(*map(numbers, (training.restore(manager, like, fields), state)))
 
 
 def main(folder):

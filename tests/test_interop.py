@@ -390,6 +390,8 @@ def test_parts_that_are_left_out_stay():
 def test_fields_out_of_range_are_refused():
     with pytest.raises(ValueError, match="library='jax'"):
         interop.Exchange("jax")
+    with pytest.raises(TypeError, match="rename='layers_'"):
+        interop.Exchange("torch", rename="layers_")
     for how in ({"epsilon": 1e-5}, {"scale_offset": 1.0}):
         with pytest.raises(ValueError, match="without calls"):
             interop.Exchange("torch", **how)

@@ -308,6 +308,160 @@ def test_statistics_of_single_devices_are_refused():
 
 
 MESH = functools.partial(jax.make_mesh, (8,), ("data",))
+
+
+def squares(model, batch, train):
+    return training.Loss(jnp.square(model(batch) - 1).mean(-1), batch[:, 0] ** 2)
+
+
+class Layers(nn.Module):
+    """Two dense layers, in what precision and with what is sown as one likes."""
+
+    dtype: object = jnp.float32
+    sows: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(8, dtype=self.dtype, param_dtype=self.dtype)(x))
+        if self.sows:
+            self.sow("losses", "size", jnp.mean(x))
+        return nn.Dense(4, dtype=self.dtype, param_dtype=self.dtype)(x)
+
+
+class Sower(nnx.Module):
+    """A norm that leaves its output in the model."""
+
+    def __init__(self):
+        self.norm = nnx_norms.BatchNorm(5, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        self.output = nnx.Intermediate(self.norm(x))
+        return self.output[...]
+
+
+X = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+
+
+def started(model=None, optimizer=OPTIMIZER, **how):
+    return training.create_train_state(model or Layers(), optimizer, jax.random.key(0), X, **how)
+
+
+def test_the_second_step_on_one_device_compiles_nothing(caplog):
+    step = training.make_train_step(Layers(), OPTIMIZER, squares)
+    state, _ = step(started(), X)
+    with jax.log_compiles():
+        step(state, X)
+    assert not [record for record in caplog.records if "ompil" in record.getMessage()]
+
+
+def test_averages_of_bfloat16_move():
+    model = Layers(jnp.bfloat16)
+    step = training.make_train_step(model, OPTIMIZER, squares, ema_decay=0.999)
+    state = started(model, ema=True)
+    before = np.asarray(state.ema["Dense_1"]["bias"])
+    for _ in range(3):
+        state, _ = step(state, X)
+    moved = np.abs(state.ema["Dense_1"]["bias"] - before)
+    assert moved.dtype == np.float32 and np.all(moved > 0) and np.all(moved < 1e-3)
+    training.make_eval_step(model, squares, ema=True)(state, X)
+
+
+@pytest.mark.parametrize("sown_before", ["state", "step", None])
+@pytest.mark.parametrize("parts", [None, 2])
+def test_what_nnx_models_have_sown_is_no_state(sown_before, parts):
+    model = Sower()
+    if sown_before == "state":
+        model(X)
+    state = training.create_train_state(model, OPTIMIZER)
+    if sown_before == "step":
+        model(X)
+    gradient = parts and training.accumulate(model, squares, parts)
+    step = training.make_train_step(model, OPTIMIZER, squares, gradient=gradient)
+    kept = jax.tree.structure(state)
+    state, _ = step(state, X)
+    assert jax.tree.structure(state) == kept
+
+
+@pytest.mark.parametrize("parts", [None, 2])
+def test_collections_that_grow_are_refused(parts):
+    model = Layers(sows=True)
+    state = started(model)
+    gradient = parts and training.accumulate(model, squares, parts)
+    step = training.make_train_step(model, OPTIMIZER, squares, gradient=gradient)
+    with pytest.raises(ValueError, match="collection 'losses'"):
+        step(state, X)
+    step(state._replace(statistics={}), X)
+
+
+ROOM = functools.partial(jax.make_mesh, (2, 2), ("data", "model"))
+BOTH = {"Dense_0/kernel": P(None, ("data", "model"))}
+
+
+@pytest.mark.parametrize(
+    "axis, how",
+    [(("data", "model"), {"fsdp": "data"}), ("data", {"rules": BOTH})],
+    ids=["fsdp", "rules"],
+)
+def test_parameters_share_some_of_the_axes_of_samples(axis, how):
+    mesh = ROOM(axis_types=(AxisType.Auto,) * 2)
+    wanted, _ = training.make_train_step(Layers(), OPTIMIZER, squares)(started(), X)
+    where = {"mode": "shard_map", "mesh": mesh, "axis": axis}
+    step = training.make_train_step(Layers(), OPTIMIZER, squares, **where)
+    got, _ = step(started(mesh=mesh, **how), training.shard_batch(X, mesh, axis))
+    chex.assert_trees_all_close(*map(jax.device_get, (got.params, wanted.params)), atol=1e-6)
+
+
+MASKED = optax.masked(optax.adam(0.1), lambda tree: jax.tree.map(lambda a: a.ndim == 1, tree))
+FACTORED = optax.adafactor(0.1, min_dim_size_to_factor=2)
+KERNELS = {"Dense_*/kernel": P(None, "model")}
+SMALL = {f"{part}/Dense_*/kernel": P() for part in ("v", "v_row", "v_col")}
+
+
+@pytest.mark.parametrize(
+    "optimizer, how",
+    [
+        (MASKED, {"rules": KERNELS}),
+        (FACTORED, {"fsdp": "data"}),
+        (FACTORED, {"rules": KERNELS | SMALL}),
+    ],
+    ids=["masked", "factored", "last rule"],
+)
+def test_states_of_optimizers_are_placed(optimizer, how):
+    mesh = ROOM()
+    step = training.make_train_step(Layers(), optimizer, squares)
+    wanted, _ = step(started(optimizer=optimizer), X)
+    state = started(optimizer=optimizer, mesh=mesh, **how)
+    got, _ = step(state, training.shard_batch(X, mesh))
+    chex.assert_trees_all_close(*map(jax.device_get, (got.params, wanted.params)), atol=1e-5)
+
+
+def test_what_was_placed_stays():
+    state, mesh = started(), MESH()
+    step = training.make_train_step(Layers(), OPTIMIZER, squares)
+    step(training.place(state, mesh), training.shard_batch(X, mesh))
+    assert not any(a.is_deleted() for a in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("state", ["without key", "of NumPy", "and an undivided batch"])
+def test_other_states_do_as_well(state):
+    given, how = started(), {}
+    wanted, _ = training.make_train_step(Layers(), OPTIMIZER, squares)(started(), X)
+    if state == "without key":
+        given = given._replace(key=None)
+    elif state == "of NumPy":
+        given = jax.device_get(given)
+    else:
+        given, how = training.place(given, MESH()), {"mode": "shard_map", "mesh": MESH()}
+    got, _ = training.make_train_step(Layers(), OPTIMIZER, squares, **how)(given, X)
+    chex.assert_trees_all_close(*map(jax.device_get, (got.params, wanted.params)), atol=1e-6)
+
+
+def test_weights_are_constants():
+    loss = lambda scale: training.measure(training.Loss(scale * X, jnp.abs(scale * X)))
+    got = jax.grad(lambda scale: loss(scale).sums["loss"])(jnp.float32(1))
+    np.testing.assert_allclose(got, np.sum(X * np.abs(X)), rtol=1e-5)
+
+
 TREE = {"dense": {"kernel": jnp.ones((6, 3))}, "norm": {"scale": jnp.ones(3)}}
 
 
@@ -340,6 +494,14 @@ BAD = {
     "key": (lambda: training.create_train_state(nn.Dense(2), OPTIMIZER), "needs a key"),
     "shapes": (lambda: measured(jnp.ones((3, 1))), r"weights has the shape \(3, 1\)"),
     "name": (lambda: measured(None, {"loss": jnp.ones(3)}), "named 'loss'"),
+    "penalty": (lambda: measured(None, {}, jnp.ones(3)), r"penalty has the shape \(3,\)"),
+    "scalar": (lambda: training.shard_batch({"t": 1.0}, MESH()), "a scalar, 1.0"),
+    "scalar to pad": (lambda: training.pad_batch({"t": 1.0}, 4), "a scalar, 1.0"),
+    "axes of pmap": (lambda: evaluation(mode="pmap", axis=("a", "b")), "has one axis"),
+    "average": (
+        lambda: training.make_train_step(nn.Dense(2), OPTIMIZER, squares, ema_decay=1.5),
+        "ema_decay=1.5",
+    ),
 }
 
 
@@ -372,6 +534,8 @@ def test_bad_input_of_steps():
         step(ema_decay=0.9)(state, x)
     with pytest.raises(ValueError, match="no average"):
         training.make_eval_step(model, objective, ema=True)(state, x)
+    with pytest.raises(TypeError, match=r"returned an array\. Return a Loss"):
+        training.make_train_step(model, OPTIMIZER, lambda model, x, _: model(x).mean())(state, x)
     with pytest.raises(TypeError, match="not a module"):
         training.make_train_step(jnp.tanh, OPTIMIZER, objective)
 

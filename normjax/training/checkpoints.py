@@ -28,7 +28,8 @@ def save(manager: "CheckpointManager", state: TrainState, configuration: Mapping
       state: of a train step; a next step may donate it.
       configuration: `normjax.interop.configuration` of the model.
 
-    Returns whether it was written. ImportError without orbax.
+    Returns whether it was written. ValueError for the state of `replicate`, ImportError without
+    orbax.
 
     Example:
       >>> import os, tempfile, jax, flax.linen as nn, optax, orbax.checkpoint as ocp
@@ -43,6 +44,11 @@ def save(manager: "CheckpointManager", state: TrainState, configuration: Mapping
       (True, [1.0, 1.0, 1.0])
     """
     args = _orbax().args
+    if jnp.shape(state.step) != ():
+        raise ValueError(
+            f"save: state.step has the shape {jnp.shape(state.step)}. Of the state of `replicate` "
+            "save one copy, jax.tree.map(lambda a: a[0], state)."
+        )
     items = args.Composite(
         state=args.StandardSave(state), configuration=args.JsonSave(dict(configuration))
     )
@@ -85,7 +91,8 @@ def restore(
     only = args.Composite(configuration=args.JsonRestore())
     check_configuration(manager.restore(step, args=only)["configuration"], configuration)
     shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None)),
+        like,
     )
     only = args.Composite(state=args.StandardRestore(shapes))
     try:

@@ -33,7 +33,7 @@ from normjax.core import checks, groups, running
 from normjax.core.sharding import place, spec
 from normjax.core.structs import several
 from normjax.observers import merge, merge_stacked, observer
-from normjax.training.models import Device, own_streams, stream_keys
+from normjax.training.models import Device, own_streams, stream_keys, unsown
 from normjax.training.steps import Loss, Metrics, measure
 
 __all__ = ["accumulate", "statistics_accumulator"]
@@ -85,6 +85,7 @@ def accumulate(
     """
     checks.require("accumulate", "parts", parts, checks.positive)
     checks.require("accumulate", "statistics", statistics, checks.one_of(*MOVES))
+    model = unsown(model) if isinstance(model, nnx.Module) else model
     how = dict(parts=parts, statistics=statistics, streams=streams)
     return functools.partial(_gradient, model, loss, how)
 
@@ -100,7 +101,7 @@ def _gradient(model, loss, how, state, batch, device=None):
     def objective(params, now, batch, rngs):
         found = run(join(params, now), batch, rngs=rngs)
         sums = measure(found.output)
-        penalty = lax.stop_gradient(sums.weight) * found.output.penalty
+        penalty = sums.weight * found.output.penalty
         return sums.sums["loss"] + penalty, (sums, found.variables, found.seen)
 
     def part(carry, each):

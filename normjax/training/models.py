@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from normjax.core.compat import varying
 from normjax.core.structs import several
-from normjax.paths import flatten
+from normjax.paths import flatten, require_fixed
 
 SHARED = "ghost"  # the stream of random methods, which draw for the global batch
 
@@ -77,7 +77,9 @@ class Device:
             for i, part in enumerate(spec):
                 if self._shares(part):
                     a = lax.psum_scatter(a, part, scatter_dimension=i, tiled=True)
-            scattered.append(a)
+            used = {axis for part in spec if self._shares(part) for axis in several(part)}
+            rest = tuple(axis for axis in self.axes if axis not in used)
+            scattered.append(lax.psum(a, rest) if rest else a)
             return None
 
         rest = self._map_shared(scatter, gradients)
@@ -87,7 +89,11 @@ class Device:
         return jax.tree.map(missing, rest, is_leaf=lambda a: a is None), found
 
     def _shares(self, part):
-        return part is not None and not self.batch_axes.isdisjoint(several(part))
+        if part is None:
+            return False
+        if self.axes:  # others are whole in here, see `steps._named`
+            return self.batch_axes.issuperset(several(part))
+        return not self.batch_axes.isdisjoint(several(part))
 
     def _map_shared(self, function, tree, name="params"):
         """`function` of each leaf that shares an axis with the samples, its spec and its mesh."""
@@ -120,12 +126,19 @@ def _put(a, mesh, parts):
 Opened = tuple[Callable[..., Any], Callable[[], Any]]
 
 
+def unsown(model: Any) -> Any:
+    """A model of NNX, with the arrays of `model`, without what calls have sown in it."""
+    copy = nnx.merge(*nnx.split(model))
+    nnx.pop(copy, nnx.Intermediate)
+    return copy
+
+
 def opener(name: str, model: Any, streams: tuple[str, ...]) -> Callable[..., Opened]:
     """A function that makes of variables a model to call, and what gives its statistics then."""
     if isinstance(model, linen.Module):
         return functools.partial(_open_linen, model, streams)
     if isinstance(model, nnx.Module):
-        return functools.partial(_open_nnx, nnx.split(model, nnx.Param, ...)[0])
+        return functools.partial(_open_nnx, nnx.split(unsown(model), nnx.Param, ...)[0])
     raise TypeError(f"{name}: {model!r} is not a module of flax.linen or flax.nnx.")
 
 
@@ -142,7 +155,7 @@ def _open_linen(model, streams, params, statistics, key, train, device):
     def call(*args, **kwargs):
         nonlocal calls, now
         rngs = {}
-        if train:
+        if train and key is not None:
             rngs = stream_keys(jax.random.fold_in(key, calls), streams, device)
         calls += 1
         how = dict(rngs=rngs, mutable=list(now) if train else False)
@@ -150,6 +163,7 @@ def _open_linen(model, streams, params, statistics, key, train, device):
         if not train:
             return found
         y, new = found
+        require_fixed(now, new)
         now = {**now, **new}
         return y
 

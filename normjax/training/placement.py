@@ -4,15 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from normjax.core.structs import several
 from normjax.optim import label_parameters
-from normjax.paths import flatten, matches
+from normjax.paths import flatten, is_masked, matches
 
 Rules = Mapping[str, PartitionSpec]
 SPLIT = ("kernel", "embedding")
+FACTORED = frozenset({"v_row", "v_col"})  # of optax's adafactor, which multiplies them
 
 
 def placement(tree: Any, mesh: Mesh, *, fsdp: str | None = None, rules: Rules | None = None) -> Any:
@@ -28,7 +30,8 @@ def placement(tree: Any, mesh: Mesh, *, fsdp: str | None = None, rules: Rules | 
       match wins.
     - With `fsdp`, an axis of the mesh, leaves named "kernel" and "embedding" are split over it too:
       along their largest axis that it divides and no rule has taken. Norms are never split by it.
-      Their few bytes would cost a message each, in the middle of a layer.
+      Their few bytes would cost a message each, in the middle of a layer. Nor are the factored
+      moments of `optax.adafactor`.
 
     Args:
       tree: arrays, or `jax.ShapeDtypeStruct`s.
@@ -56,12 +59,14 @@ def placement(tree: Any, mesh: Mesh, *, fsdp: str | None = None, rules: Rules | 
     specs = [PartitionSpec()] * len(leaves)
     for pattern, spec in (rules or {}).items():
         for i in matches("placement", paths, [pattern], within=True):
-            _check(paths[i], leaves[i], mesh, spec)
             specs[i] = spec
+    for path, leaf, spec in zip(paths, leaves, specs, strict=True):
+        if not is_masked(leaf):
+            _check(path, leaf, mesh, spec)
     if fsdp is not None:
         labels = flatten(label_parameters(tree))[1]
         for i, label in enumerate(labels):
-            if label in SPLIT:
+            if label in SPLIT and FACTORED.isdisjoint(paths[i]):
                 specs[i] = _split(leaves[i].shape, mesh, fsdp, specs[i])
     return structure.unflatten(NamedSharding(mesh, spec) for spec in specs)
 
@@ -92,7 +97,8 @@ def _split(shape, mesh, axis, spec):
 def place(tree: Any, mesh: Mesh, *, fsdp: str | None = None, rules: Rules | None = None) -> Any:
     """`tree` on a mesh, where `placement` says: also of state that was made or read before.
 
-    With several processes each of them gives the whole arrays, the same ones.
+    It is a copy: steps may donate it, and `tree` stays. With several processes each of them gives
+    the whole arrays, the same ones.
 
     Example:
       >>> import jax, normjax as nj, normjax.training as training
@@ -101,7 +107,18 @@ def place(tree: Any, mesh: Mesh, *, fsdp: str | None = None, rules: Rules | None
       >>> state.mean.sharding.is_fully_replicated
       True
     """
-    return jax.device_put(tree, placement(tree, mesh, fsdp=fsdp, rules=rules))
+    where = placement(tree, mesh, fsdp=fsdp, rules=rules)
+    own = lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a
+    return jax.device_put(jax.tree.map(own, tree), where)
+
+
+def count_samples(name: str, a: Any) -> int:
+    """The number of samples of an array of a batch; ValueError for a scalar, which has none."""
+    if not np.shape(a):
+        raise ValueError(
+            f"{name}: the batch has a scalar, {a!r}, and all its arrays need the samples on axis 0."
+        )
+    return np.shape(a)[0]
 
 
 def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -120,7 +137,7 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
       >>> batch["image"].shape, batch["mask"].tolist()
       ((4, 2), [True, True, True, False])
     """
-    lengths = {name: np.shape(a)[0] for name, a in batch.items()}
+    lengths = {name: count_samples("pad_batch", a) for name, a in batch.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"pad_batch: the numbers of samples differ, {lengths}.")
     length = next(iter(lengths.values()))
@@ -158,7 +175,7 @@ def shard_batch(batch: Any, mesh: Mesh, axis: str | tuple[str, ...] = "data") ->
     devices = int(np.prod([mesh.shape[name] for name in several(axis)]))
 
     def put(a):
-        samples = np.shape(a)[0] * jax.process_count()
+        samples = count_samples("shard_batch", a) * jax.process_count()
         if samples % devices:
             raise ValueError(
                 f"shard_batch: {devices} devices do not divide {samples} samples. pad_batch adds "

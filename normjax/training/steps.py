@@ -28,8 +28,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from normjax.core import checks
 from normjax.core.compat import is_traced
 from normjax.core.structs import several
-from normjax.training.models import Device, opener
-from normjax.training.placement import Rules, placement
+from normjax.training.models import Device, opener, unsown
+from normjax.training.placement import Rules, count_samples, placement
 
 Model = linen.Module | nnx.Module
 Mode = Literal["jit", "shard_map", "pmap"]
@@ -52,7 +52,7 @@ class TrainState(NamedTuple):
     statistics: Any  # Linen: the other collections by name; NNX: all other state
     opt_state: Any
     key: jax.Array | None = None  # the source of all random numbers in Linen; NNX has its own
-    ema: Any = None  # exponential moving average of the parameters
+    ema: Any = None  # exponential moving average of the parameters, in at least float32
 
 
 class Loss(NamedTuple):
@@ -60,8 +60,9 @@ class Loss(NamedTuple):
 
     Attributes:
       values: [...], of the batch that the function got.
-      weights: of the same shape, such as a mask; None: all count alike. Values of weight zero may
-        be anything, NaN included.
+      weights: of the same shape, such as a mask, and constant: no gradient flows through them.
+        None: all count alike. Values of weight zero may be anything, NaN included; their gradients
+        must be finite, which that of `log(0)` is not.
       metrics: further values of this shape by name, averaged like the loss.
       penalty: a scalar that is added to the mean, such as a regularizer.
 
@@ -102,15 +103,27 @@ class Metrics(NamedTuple):
 def measure(loss: Loss) -> Metrics:
     """The sums of a loss function's result, in at least float32.
 
-    ValueError where shapes differ, or a metric is named "loss".
+    TypeError for what is no `Loss`. ValueError where shapes differ, the penalty is no scalar, or a
+    metric is named "loss".
 
     Example:
       >>> import jax.numpy as jnp, normjax.training as training
       >>> training.measure(training.Loss(jnp.array([1.0, 3.0]))).weight.item()
       2.0
     """
+    if not isinstance(loss, Loss):
+        kind = "an array" if isinstance(loss, jax.Array) else type(loss).__name__
+        raise TypeError(
+            f"Loss: the loss function returned {kind}. Return a Loss, with a value for each "
+            "sample instead of their mean."
+        )
+    if jnp.shape(loss.penalty) != ():
+        raise ValueError(
+            f"Loss: the penalty has the shape {jnp.shape(loss.penalty)}, and is a scalar: sum it."
+        )
     values = jnp.asarray(loss.values)
     weights = jnp.ones(values.shape, bool) if loss.weights is None else jnp.asarray(loss.weights)
+    weights = lax.stop_gradient(weights)
     every = {"loss": values, **loss.metrics}
     for name, array in {"weights": weights, **every}.items():
         if jnp.shape(array) != values.shape:
@@ -161,7 +174,8 @@ def create_train_state(
     """
 
     def make(params, statistics):
-        average = jax.tree.map(jnp.copy, params) if ema else None
+        wide = lambda a: jnp.array(a, jnp.promote_types(a.dtype, jnp.float32))
+        average = jax.tree.map(wide, params) if ema else None
         opt_state = optimizer.init(params)
         ours = None if key is None else jax.random.fold_in(key, 1)
         return TrainState(jnp.int32(0), params, statistics, opt_state, ours, average)
@@ -175,7 +189,7 @@ def create_train_state(
         return make(variables.pop("params", {}), variables)
 
     if not isinstance(model, linen.Module):
-        _, *own = nnx.split(model, nnx.Param, ...)
+        _, *own = nnx.split(unsown(model), nnx.Param, ...)
     elif key is None:
         raise ValueError("create_train_state: a Linen module needs a key, and arguments of a call.")
     if mesh is None:
@@ -211,7 +225,7 @@ def make_train_step(
         (`model.train()`). `train` is True here, and False in `make_eval_step`.
       mode: how several devices share the work, see `normjax.training.steps`.
       mesh: for "shard_map".
-      axis: name, or names, of the axis of samples in "shard_map" and "pmap".
+      axis: name of the axis of samples in "shard_map" and "pmap"; in "shard_map" also several.
       ema_decay: the average of the parameters keeps this share of itself; needs a state with `ema`.
       streams: Linen's random streams besides "ghost". In "shard_map" and "pmap" each device draws
         numbers of its own from them, as from NNX's; "ghost" is the same on all of them.
@@ -236,7 +250,7 @@ def make_train_step(
     """
     opened = opener("make_train_step", model, streams)
     if ema_decay is not None:
-        checks.require_number("make_train_step", "ema_decay", ema_decay, 0)
+        checks.require("make_train_step", "ema_decay", ema_decay, checks.interval(0, 1))
     body = functools.partial(_reduced, gradient or functools.partial(_gradient, opened, loss))
     update = functools.partial(_update, optimizer, ema_decay)
     return Step("make_train_step", body, mode, mesh, axis, update)
@@ -259,7 +273,7 @@ def _gradient(opened, loss, state, batch, device):
         call, finish = opened(params, state.statistics, key, True, device)
         result = loss(call, batch, True)
         found = measure(result)
-        weight = device.sum(lax.stop_gradient(found.weight))
+        weight = device.sum(found.weight)
         value = _ratio(found.sums["loss"], weight) + result.penalty / device.number
         return value, (found, finish())
 
@@ -277,7 +291,7 @@ def _update(optimizer, ema_decay, state, gradients, found, statistics):
                 f"make_train_step: ema_decay={ema_decay!r}, but the state has no average. "
                 "create_train_state(..., ema=True) makes one."
             )
-        ema = optax.incremental_update(params, ema, 1 - ema_decay)
+        ema = optax.incremental_update(optax.tree.cast_like(params, ema), ema, 1 - ema_decay)
     return TrainState(state.step + 1, params, statistics, opt_state, state.key, ema), found
 
 
@@ -313,7 +327,9 @@ def make_eval_step(
     def body(state, batch, device):
         if ema and state.ema is None:
             raise ValueError("make_eval_step: ema=True, but the state has no average.")
-        params = device.gather(state.ema, "ema") if ema else device.gather(state.params)
+        params = device.gather(state.params)
+        if ema:
+            params = optax.tree.cast_like(device.gather(state.ema, "ema"), state.params)
         call, _ = opened(params, state.statistics, None, False, device)
         return device.sum(measure(loss(call, batch, False)))
 
@@ -365,6 +381,8 @@ class Step:
         if (mode == "shard_map") != (mesh is not None):
             hint = "shard_map needs a mesh, and no other mode takes one."
             raise ValueError(f"{name}: mode={mode!r} with mesh={mesh!r}: {hint}")
+        if mode == "pmap" and not isinstance(axis, str):
+            raise ValueError(f"{name}: axis={axis!r}, but the mode 'pmap' has one axis: name one.")
         if mesh is not None and not set(several(axis)) <= set(mesh.axis_names):
             names = ", ".join(mesh.axis_names)
             raise ValueError(f"{name}: axis={axis!r}, but the axes of the mesh are {names}.")
@@ -373,7 +391,11 @@ class Step:
         self._compiled = functools.lru_cache(self._compile)
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
-        """The new state and the metrics, or the metrics alone. Works inside of `jax.jit` too."""
+        """The new state and the metrics, or the metrics alone.
+
+        Works inside of `jax.jit` and `lax.scan` too, but not with parameters that share an Explicit
+        axis with the samples: JAX asks where they lie, and in there a step does not know it.
+        """
         if self._mode == "pmap":
             batch = self._divided(state, batch)
         with _explicit_mesh(state):
@@ -387,7 +409,8 @@ class Step:
     def _program(self, state, batch):
         leaves, structure = jax.tree.flatten(state)
         self._check_samples(batch)
-        if self._mode == "pmap" or any(map(is_traced, leaves)):
+        placed = not any(is_traced(a) or getattr(a, "sharding", None) is None for a in leaves)
+        if self._mode == "pmap" or not placed:
             return self._compiled(structure, None, frozenset())
         shardings = tuple(a.sharding for a in leaves)
         if self._mesh is not None:
@@ -405,7 +428,7 @@ class Step:
         return () if not spec or spec[0] is None else several(spec[0])
 
     def _check_devices(self, shardings, devices):
-        if any(each is not None and each.device_set != devices for each in shardings):
+        if any(each.device_set != devices for each in shardings):
             raise ValueError(
                 f"{self._name}: state and batch, or mesh, are of different devices. Put the state "
                 "on the mesh by place(state, mesh), and batches by shard_batch(batch, mesh)."
@@ -422,8 +445,10 @@ class Step:
         else:
             device = Device(where=where, batch_axes=batch_axes)
             run = self._run(functools.partial(self._body, device=device))
-        moves = self._update is not None and shardings is not None and None not in shardings
-        return jax.jit(run, donate_argnums=donated, out_shardings=(where, None) if moves else None)
+        # One device needs none, which would bind the state to it, and compile the next step anew.
+        spread = any(len(each.device_set) > 1 for each in shardings or ())
+        out = (where, None) if spread and self._update is not None else None
+        return jax.jit(run, donate_argnums=donated, out_shardings=out)
 
     def _run(self, body):
         """`body`, and the update with what it returns: it sees whole arrays, not a device's own."""
@@ -434,30 +459,40 @@ class Step:
 
     def _mapped(self, structure, where):
         """The body mapped over the devices that share the samples."""
-        named = several(self._axis)
+        named, mesh = several(self._axis), self._mesh
+        assert mesh is not None
         whole = structure.unflatten([PartitionSpec()] * structure.num_leaves)
         specs = whole if where is None else jax.tree.map(functools.partial(_named, named), where)
         device = Device(named, typed=True, where=where, batch_axes=frozenset(named))
         out = PartitionSpec()
         out = out if self._update is None else (specs.params, out, whole.statistics)
-        return jax.shard_map(
+        mapped = jax.shard_map(
             functools.partial(self._body, device=device),
-            mesh=self._mesh,
+            mesh=mesh,
             in_specs=(specs, PartitionSpec(self._axis)),
             out_specs=out,
             axis_names=set(named),
         )
+        kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        if AxisType.Explicit not in {kinds[name] for name in named}:
+            return mapped
+        divided = jax.NamedSharding(mesh, PartitionSpec(self._axis))
+        return lambda state, batch: mapped(state, jax.sharding.reshard(batch, divided))
 
     def _check_samples(self, batch):
         if self._mesh is None:
             return
         devices = math.prod(self._mesh.shape[name] for name in several(self._axis))
         for a in jax.tree.leaves(batch):
-            if jnp.shape(a)[0] % devices:
-                raise ValueError(
-                    f"{self._name}: {devices} devices do not divide {jnp.shape(a)[0]} samples. "
-                    "pad_batch adds samples that a mask leaves out."
-                )
+            self._require_divisible(a, devices)
+
+    def _require_divisible(self, a, devices):
+        samples = count_samples(self._name, a)
+        if samples % devices:
+            raise ValueError(
+                f"{self._name}: {devices} devices do not divide {samples} samples. pad_batch adds "
+                "samples that a mask leaves out."
+            )
 
     def _divided(self, state, batch):
         """A batch with an axis of devices in front."""
@@ -466,11 +501,7 @@ class Step:
             raise ValueError(f"{self._name}: the mode 'pmap' needs the state of replicate(state).")
 
         def divide(a):
-            if jnp.shape(a)[0] % devices:
-                raise ValueError(
-                    f"{self._name}: {devices} devices do not divide {jnp.shape(a)[0]} samples. "
-                    "pad_batch adds samples that a mask leaves out."
-                )
+            self._require_divisible(a, devices)
             return jnp.reshape(a, (devices, -1, *jnp.shape(a)[1:]))
 
         return jax.tree.map(divide, batch)
