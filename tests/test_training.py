@@ -536,6 +536,8 @@ def test_bad_input_of_steps():
         training.make_eval_step(model, objective, ema=True)(state, x)
     with pytest.raises(TypeError, match=r"returned an array\. Return a Loss"):
         training.make_train_step(model, OPTIMIZER, lambda model, x, _: model(x).mean())(state, x)
+    with pytest.raises(TypeError, match="streams='noise' is one name"):
+        step(streams="noise")
     with pytest.raises(TypeError, match="not a module"):
         training.make_train_step(jnp.tanh, OPTIMIZER, objective)
 

@@ -135,6 +135,8 @@ def unsown(model: Any) -> Any:
 
 def opener(name: str, model: Any, streams: tuple[str, ...]) -> Callable[..., Opened]:
     """A function that makes of variables a model to call, and what gives its statistics then."""
+    if isinstance(streams, str):
+        raise TypeError(f"{name}: streams={streams!r} is one name; give a tuple, ({streams!r},).")
     if isinstance(model, linen.Module):
         return functools.partial(_open_linen, model, streams)
     if isinstance(model, nnx.Module):
