@@ -49,9 +49,8 @@ def save(manager: "CheckpointManager", state: TrainState, configuration: Mapping
             f"save: state.step has the shape {jnp.shape(state.step)}. Of the state of `replicate` "
             "save one copy, jax.tree.map(lambda a: a[0], state)."
         )
-    items = args.Composite(
-        state=args.StandardSave(state), configuration=args.JsonSave(dict(configuration))
-    )
+    about = {"norms": dict(configuration), "leaves": _kinds(state)}
+    items = args.Composite(state=args.StandardSave(state), normjax=args.JsonSave(about))
     return bool(manager.save(int(state.step), args=items))
 
 
@@ -88,27 +87,23 @@ def restore(
     step = manager.latest_step() if step is None else step
     if step is None or step not in manager.all_steps():
         raise FileNotFoundError(f"restore: {manager.directory} has no checkpoint of step {step}.")
-    only = args.Composite(configuration=args.JsonRestore())
-    check_configuration(manager.restore(step, args=only)["configuration"], configuration)
+    about = manager.restore(step, args=args.Composite(normjax=args.JsonRestore()))["normjax"]
+    check_configuration(about["norms"], configuration)
+    _check(about["leaves"], _kinds(like))
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None)),
         like,
     )
     only = args.Composite(state=args.StandardRestore(shapes))
-    try:
-        return manager.restore(step, args=only)["state"]
-    finally:  # orbax knows how to read what a checkpoint has when it has been asked for it
-        _check(manager.item_metadata(step)["state"].tree, like)
+    return manager.restore(step, args=only)["state"]
 
 
-def _check(saved, like):
-    """ValueError where the leaves of a checkpoint are not those of `like`."""
-    found, wanted = _kinds(saved), _kinds(jax.eval_shape(lambda: jax.tree.map(_numbers, like)))
-    text = lambda path: "/".join(path)
-    lines = [f"lacks {text(path)}" for path in wanted.keys() - found.keys()]
-    lines += [f"has {text(path)} besides" for path in found.keys() - wanted.keys()]
+def _check(found, wanted):
+    """ValueError where the leaves of a checkpoint are not those that are wanted."""
+    lines = [f"lacks {path}" for path in wanted.keys() - found.keys()]
+    lines += [f"has {path} besides" for path in found.keys() - wanted.keys()]
     lines += [
-        f"has {text(path)} as {found[path]}, not {wanted[path]}"
+        f"has {path} as {found[path]}, not {wanted[path]}"
         for path in wanted.keys() & found.keys()
         if found[path] != wanted[path]
     ]
@@ -117,18 +112,11 @@ def _check(saved, like):
         raise ValueError(f"restore: the checkpoint is of another model or optimizer. It {lines}.")
 
 
-def _kinds(tree):
-    """Dtypes and shapes of leaves by path; orbax writes variables of NNX with their `value`."""
-    paths, leaves, _ = flatten(tree)
-    last = lambda path: path[:-1] if path[-1] == "value" else path
+def _kinds(state):
+    """Dtypes and shapes of leaves by path."""
+    paths, leaves, _ = flatten(state)
     pairs = zip(paths, leaves, strict=True)
-    return {last(path): f"{a.dtype}{list(a.shape)}" for path, a in pairs}
-
-
-def _numbers(a):
-    """The numbers that a key is, which are what is written."""
-    is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(jnp.empty(a.shape, a.dtype)) if is_key else a
+    return {"/".join(path): f"{a.dtype}{list(a.shape)}" for path, a in pairs}
 
 
 def _orbax():
