@@ -36,15 +36,17 @@ WAYS = {
 
 
 class Net(nn.Module):
-    """A residual block between a stem and a head."""
+    """A residual block between a stem and a head; `whole` are inputs of norms for all samples."""
 
     method: object
+    whole: object = ()
 
     @nn.compact
     def __call__(self, x, *, train, mask, **inputs):
         def norm(x):
             how = {"use_running_average": not train} if traits(self.method).trains else {}
-            return norms.Norm(self.method)(x, mask=mask[:, None, None, None], **how, **inputs)
+            how |= {**inputs, **dict(self.whole)}
+            return norms.Norm(self.method)(x, mask=mask[:, None, None, None], **how)
 
         x = nn.relu(norm(nn.Conv(24, (3, 3), use_bias=False)(x)))
         y = nn.relu(norm(nn.Conv(24, (3, 3), (2, 2), use_bias=False)(x)))
@@ -73,8 +75,8 @@ def loss(model, batch, _, **how):
     return training.Loss(losses, batch["mask"], {"hit": logits.argmax(-1) == batch["label"]})
 
 
-def linen_loss(model, batch, train, **whole):
-    return loss(model, batch, None, train=train, **batch.get("inputs", {}), **whole)
+def linen_loss(model, batch, train):
+    return loss(model, batch, None, train=train, **batch.get("inputs", {}))
 
 
 def batches(number, inputs=lambda: {}):
@@ -143,22 +145,27 @@ def is_stateful(case):
 STATEFUL = [name for name, case in CASES.items() if is_stateful(case)]
 
 
+def of_case(name, axis_name=None):
+    """Network and further inputs of a line of the table."""
+    case = CASES[name]
+    given = case.extra(jnp.float32, (SAMPLES, 6, 6, 24)) if case.extra else {}
+    kinds = traits(case.method).inputs
+    whole = tuple((key, value) for key, value in given.items() if kinds[key] == "whole")
+    each = {key: value for key, value in given.items() if kinds[key] == "sample"}
+    method = case.method if axis_name is None else with_axis_name(case.method, axis_name)
+    inputs = lambda: {"inputs": each} if each else {}
+    return Net(method, whole), inputs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", STATEFUL)
 def test_every_method_with_statistics_agrees(name, way):
-    case = CASES[name]
-    given = case.extra(jnp.float32, (SAMPLES, 6, 6, 24)) if case.extra else {}
-    kinds = traits(case.method).inputs
-    whole = {key: value for key, value in given.items() if kinds[key] == "whole"}
-    each = {key: value for key, value in given.items() if kinds[key] == "sample"}
-    inputs = lambda: {"inputs": each} if each else {}
-    objective = functools.partial(linen_loss, **whole)
-    mode = WAYS[way][0]
-    method = case.method if mode == "jit" else with_axis_name(case.method, "data")
+    alone, inputs = of_case(name)
+    model, _ = of_case(name, None if WAYS[way][0] == "jit" else "data")
     for steps in (1, 20):
-        wanted = train(Net(case.method), objective, ("jit", None), steps, inputs)
-        got = train(Net(method), objective, WAYS[way], steps, inputs)
+        wanted = train(alone, linen_loss, ("jit", None), steps, inputs)
+        got = train(model, linen_loss, WAYS[way], steps, inputs)
         chex.assert_trees_all_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -542,28 +549,41 @@ def test_bad_input_of_steps():
         training.make_train_step(jnp.tanh, OPTIMIZER, objective)
 
 
-def test_two_processes_agree_with_one(tmp_path):
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [(["BatchNorm"], 3), pytest.param(STATEFUL, 20, marks=pytest.mark.slow)],
+    ids=["BatchNorm", "all"],
+)
+def test_two_processes_agree_with_one(names, steps, tmp_path):
     worker = pathlib.Path(__file__).parent / "two_processes.py"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     run = lambda i: subprocess.Popen(
-        [sys.executable, worker, port, str(i), tmp_path / "state.npz"],
+        [sys.executable, worker, port, str(i), tmp_path, str(steps), *names],
         stderr=subprocess.PIPE,
         text=True,
     )
     workers = [run(0), run(1)]
-    errors = [process.communicate(timeout=300)[1] for process in workers]
+    errors = [process.communicate(timeout=3000)[1] for process in workers]
     assert [process.returncode for process in workers] == [0, 0], errors
-    state, _, _ = train(Net(nj.BatchNorm()), linen_loss, ("jit", None), 3)
-    wanted = jax.tree.leaves((state.params, state.statistics))
-    with np.load(tmp_path / "state.npz") as found:
-        chex.assert_trees_all_close([found[name] for name in found], wanted, atol=1e-5)
+    for number, name in enumerate(names):
+        model, inputs = of_case(name)
+        state, _, _ = train(model, linen_loss, ("jit", None), steps, inputs)
+        wanted = jax.tree.leaves((state.params, state.statistics))
+        with np.load(tmp_path / f"{number}.npz") as found:
+            got = [found[key] for key in found]
+        chex.assert_trees_all_close(got, wanted, atol=1e-5, rtol=1e-5, custom_message=name)
 
 
-def test_lowering_for_accelerators():
-    model, batch = Net(nj.BatchNorm()), next(batches(1))
-    how = {"mask": batch["mask"], "train": False}
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n == "BatchNorm" else pytest.mark.slow) for n in STATEFUL],
+)
+def test_lowering_for_accelerators(name):
+    model, inputs = of_case(name)
+    batch = next(batches(1, inputs))
+    how = {"mask": batch["mask"], "train": False, **batch.get("inputs", {})}
     args = (model, OPTIMIZER, jax.random.key(0), batch["image"])
     state = training.create_train_state(*args, **how)
     step = training.make_train_step(model, OPTIMIZER, linen_loss)
