@@ -4,6 +4,12 @@ Xiang & Li, *On the Effects of Batch and Weight Normalization in Generative Adve
 2017, https://arxiv.org/abs/1704.03971, section 4: for every test image the code is searched that
 makes the image with the least mean squared error, by RMSprop on the code alone. A generator that
 leaves out a part of the data, or whose samples are blurred, has a large error.
+
+The public implementation starts at zero and takes RMSprop with decay 0.9, epsilon 1e-6 and learning
+rate 0.01, 50 steps while a network is in training and more at its end. It averages the loss over a
+batch, which makes gradients smaller beside the epsilon, and keeps the best step of the whole; here
+every image has a search and a best step of its own. With the constant rate the last steps hover
+about the minimum; a schedule that decays comes closer.
 """
 
 from collections.abc import Callable
@@ -48,12 +54,6 @@ def reconstruct(
 ) -> Reconstruction:
     """The error with which `generate` makes each of `images`, by a search for its code.
 
-    The public implementation starts at zero and takes RMSprop with decay 0.9, epsilon 1e-6 and
-    learning rate 0.01, 50 steps while a network is in training and more at its end. It averages the
-    loss over a batch, which makes gradients smaller beside the epsilon, and keeps the best step of
-    the whole; here every image has a search and a best step of its own. With the constant rate the
-    last steps hover about the minimum; a schedule that decays comes closer.
-
     Works under `jax.jit`; the generator is not changed. Its batches are of one image, mapped by
     `jax.vmap`: it must be in evaluation mode, for a batch of one has no statistics.
 
@@ -79,12 +79,7 @@ def reconstruct(
       >>> found.errors.round(2).tolist(), found.codes[:, 0].round(1).tolist()
       ([0.0, 0.5], [1.600000023841858, 1.600000023841858])
     """
-    for name, value in (("latent", latent), ("steps", steps)):
-        checks.require("reconstruct", name, value, checks.positive)
-    checks.require("reconstruct", "chunk", chunk, checks.optional(checks.positive))
-    images = widen(checks.as_real("reconstruct", images, "the images have"))
-    if images.ndim < 2 or not images.size:
-        raise ValueError(f"reconstruct: images of shape {images.shape}, but [N, ...], not empty.")
+    images = _images(images, latent, steps, chunk)
     codes = jnp.zeros((len(images), latent), images.dtype)
     if key is not None:
         codes = jax.random.normal(checks.require_key("reconstruct", key), codes.shape, codes.dtype)
@@ -97,6 +92,17 @@ def reconstruct(
         search, (images, codes, inputs), batch_size=chunk or len(images)
     )
     return Reconstruction(jnp.mean(curves, 0), errors, found)
+
+
+def _images(images, latent, steps, chunk):
+    """The images as wide real numbers, and the arguments checked."""
+    for name, value in (("latent", latent), ("steps", steps)):
+        checks.require("reconstruct", name, value, checks.positive)
+    checks.require("reconstruct", "chunk", chunk, checks.optional(checks.positive))
+    images = widen(checks.as_real("reconstruct", images, "the images have"))
+    if images.ndim < 2 or not images.size:
+        raise ValueError(f"reconstruct: images of shape {images.shape}, but [N, ...], not empty.")
+    return images
 
 
 def _search(generate, optimizer, steps, image, code, inputs):
