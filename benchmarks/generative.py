@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,6 +21,7 @@ from normjax.linen import Norm, NormalizedKernels
 KERNEL = nn.initializers.he_normal()
 QUARTER = nn.initializers.variance_scaling(8.0, "fan_in", "truncated_normal")
 FEATURES = 64  # of the classifier
+NOT_FINITE = "not finite"
 VANISHED = 1e-3  # of the discriminator's loss, and of the generator's gradient beside its largest
 
 
@@ -151,7 +152,7 @@ class Generator(nn.Module):
     """
 
     method: Any
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     width: int
     classes: int | None = None
 
@@ -272,7 +273,7 @@ class Gan(NamedTuple):
         generator, first, second_value, slope = self._descend(
             second_loss, generator, state.optimizers[0]
         )
-        history = History(first_value, second_value, optax.global_norm(slope))
+        history = History(first_value, second_value, optax.tree.norm(slope))
         return State(generator, discriminator, (first, second)), history
 
     def _descend(self, loss, variables, optimizer):
@@ -306,15 +307,15 @@ def _move(network, variables, x, labels):
     return {**variables, **new}
 
 
-def failure(history: History) -> str:
-    """Why a run has failed, of the means [parts] over its parts so far; "" if it has not.
+def failure(history: Sequence[History]) -> str:
+    """Why a run has failed, of the means over each of its parts so far; "" if it has not.
 
     Either a number is not finite, or the discriminator wins: its loss is below `VANISHED`, and the
     generator's gradient below that share of its largest.
     """
-    losses, _, slopes = (np.asarray(a, float) for a in history)
-    if not all(np.isfinite(a).all() for a in history):
-        return "not finite"
+    losses, others, slopes = np.array(history, float).T
+    if not all(np.isfinite(a).all() for a in (losses, others, slopes)):
+        return NOT_FINITE
     won = losses[-1] < VANISHED and slopes[-1] <= VANISHED * slopes.max()
     return "gradient of the generator vanished" if won else ""
 
@@ -342,8 +343,8 @@ class Classifier(nn.Module):
         optimizer = optax.adam(1e-3)
 
         def loss(variables, index):
-            _, logits = self.apply(variables, images[index])  # pyright: ignore[reportGeneralTypeIssues]
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, labels[index])
+            made: Any = self.apply(variables, images[index])
+            each = optax.softmax_cross_entropy_with_integer_labels(made[1], labels[index])
             return jnp.mean(each)
 
         def step(carry, key):
