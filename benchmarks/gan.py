@@ -181,7 +181,8 @@ def run_seed(
 
     `failed` says why, "" for a run that has not; a failed one ends with the part that it failed in.
     """
-    start, order = jax.random.split(jax.random.key(seed))
+    # This generator compiles in a fraction of the time that the default one takes.
+    start, order = jax.random.split(jax.random.key(seed, impl="rbg"))
     state = program.init(start)
     keys = jax.random.split(order, (options.parts, options.steps // options.parts))
     history, errors, distances, failed = [], [], [], ""

@@ -355,7 +355,7 @@ class Classifier(nn.Module):
 
         @jax.jit
         def run():
-            first, rest = jax.random.split(jax.random.key(0))
+            first, rest = jax.random.split(jax.random.key(0, impl="rbg"))
             variables = self.init(first, images[:1])
             carry = variables, optimizer.init(variables)
             return lax.scan(step, carry, jax.random.split(rest, steps))[0][0]
