@@ -39,11 +39,14 @@ SHAPES = {
     "images, masked": ((32, 8, 8, 64), (16, 8, 8, 8)),
     "channels first": ((32, 64, 8, 8), (16, 8, 8, 8)),
 }
-# Every public method, with the kinds of its inputs.
+# Every public method over activations, with the kinds of its inputs.
 CASES = {
     "Affine": ("rows",),
     "DynamicTanh": ("rows",),
     "Derf": ("rows",),
+    "TReLU": ("rows",),
+    "TPReLU": ("rows",),
+    "WeightNormalizedAddition(initial=(3.0, 4.0))": ("rows",),
     "RunningNorm(running_average='cumulative')": ("rows",),  # float64 leaves no rests to compare
     "LayerNorm": ("rows", "images, masked"),
     "LayerNorm(activation=gelu)": ("rows",),
@@ -126,8 +129,8 @@ def _options(argv):
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=methods.METHODS,
-        choices=methods.METHODS,
+        default=methods.OVER_ACTIVATIONS,
+        choices=methods.OVER_ACTIVATIONS,
         metavar="METHOD",
         help="for the first two parts (default: all)",
     )
@@ -272,7 +275,7 @@ def _step(method):
     """A training step: output, new state, and gradients, as a function of `_inputs`."""
 
     def step(given):
-        names = "mask", "key", "prior", "condition", "branch", "style"
+        names = "mask", "key", "prior", "condition", "branch", "style", "others"
         more = {name: given[name] for name in names if name in given}
 
         def output(params, x):
@@ -319,8 +322,8 @@ def _inputs(method, kind, shape, dtype):
                 given["condition"] = vectors.astype(np.float32)
         if "branch" in traits(method).inputs:
             given["branch"] = np.int32(1)
-        if "style" in traits(method).inputs:
-            given["style"] = draw.standard_normal(shape).astype(np.float32)
+        for name in traits(method).inputs.keys() & {"style", "others"}:
+            given[name] = draw.standard_normal(shape).astype(np.float32)
     return given
 
 

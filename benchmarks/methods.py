@@ -26,7 +26,14 @@ def is_method(value: Any) -> bool:
     return hasattr(value, "init") and hasattr(value, "apply")
 
 
+def is_over_kernels(name: str) -> bool:
+    """Whether the named method normalizes kernels, in place of activations."""
+    traits = getattr(CLASSES.get(name), "traits", None)
+    return isinstance(traits, nj.Traits) and traits.over == "kernel"
+
+
 METHODS = sorted([name for name, cls in CLASSES.items() if is_method(cls)] + ["chain"])
+OVER_ACTIVATIONS = [name for name in METHODS if not is_over_kernels(name)]
 
 
 def split(arguments: Iterable[str]) -> list[str]:
