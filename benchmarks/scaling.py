@@ -89,16 +89,18 @@ def _options(argv):
 
 
 def run(part: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The rows of a part, written as they grow; those that the file has already stay."""
+    """The rows of a part, written as they grow; those of them that the file has already stay."""
     from rich.progress import Progress
 
     file = options.output / f"{part}.json"
     packages = ("flax", "libtpu") if part == "pods" else ("flax",)
     heading = machine.heading("scaling", *packages)
     old = json.loads(file.read_text())["rows"] if file.exists() else []
-    results = {**heading, "rows": old}
     jobs = list(device_jobs() if part == "devices" else pod_jobs(options.slices, options.layouts))
-    known = [{name: row.get(name) for name in case} for row in old for case, _ in jobs[:1]]
+    asked = [case for case, _ in jobs]
+    case_of = lambda row: {name: row.get(name) for name in asked[0]}
+    rows = [row for row in old if case_of(row) in asked and "note" not in row]
+    results, known = {**heading, "rows": rows}, [case_of(row) for row in rows]
     with Progress(transient=True) as progress:
         task = progress.add_task(part, total=len(jobs))
         for case, measure in jobs:
