@@ -5,6 +5,7 @@ the output the statistics of the input of every norm that keeps some. It reaches
 chains, of branches and of Flax's transforms, and shared norms are pooled over their calls.
 """
 
+import abc
 import dataclasses
 import functools
 import inspect
@@ -125,7 +126,7 @@ def observer(
     raise TypeError(f"observer: {model!r} is not a module of flax.linen or flax.nnx.")
 
 
-class Observer:
+class Observer(abc.ABC):
     """Runs a model as a pure function and observes its norms; made by `observer`.
 
     Variables are the collections of a Linen model, or the `nnx.State` of one of NNX. `sites`, which
@@ -161,16 +162,17 @@ class Observer:
         states = self.states(variables)
         return self.put(variables, {p: self._moved(p, states[p], seen[p], move) for p in seen})
 
+    @abc.abstractmethod
     def states(self, variables: Any) -> dict[PathParts, Any]:
         """The states of the norms among `variables`, by path."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def put(self, variables: Any, states: Mapping[PathParts, Any]) -> Any:
         """`variables` with other states of the norms."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _run(self, variables, args, rngs) -> Observation:
-        raise NotImplementedError
+        """A run, in which `_normalize` is what every norm does."""
 
     def _normalize(self, path, method, variables, x, evaluate, mask, make_key, inputs):
         """What a norm returns, and its new state and what it saw, or None where it stays."""
