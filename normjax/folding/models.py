@@ -164,7 +164,7 @@ def _without(tree, path):
 
 
 class NnxEdit:
-    """A copy of an NNX model, to be changed."""
+    """A copy of an NNX model, to be changed: `LinenEdit` for modules that hold their variables."""
 
     def __init__(self, model):
         self.model = nnx.clone(model)

@@ -38,7 +38,11 @@ class KernelFields(Configuration):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RootFields(Configuration):
-    """How a norm is made of a sum of squares."""
+    """How a norm is made of a sum of squares: the fields of methods that divide by one.
+
+    `epsilon` is added to the sum ("square"), or to its root ("norm"), as in the public
+    implementation of Xiang & Li 2017, https://arxiv.org/abs/1704.03971.
+    """
 
     epsilon: float = field(1e-12, checks.interval(0, open=True))
     epsilon_place: Literal["square", "norm"] = field("square", checks.one_of("square", "norm"))
@@ -53,7 +57,11 @@ class RootFields(Configuration):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormFields(RootFields, KernelFields):
-    """How the norm of a row is made."""
+    """How the norm of a row is made: the fields of `WeightNorm` and `StrictWeightNorm`.
+
+    Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868. `strides` are those of a transposed
+    convolution.
+    """
 
     strides: Axes = field(1, checks.positives)
 

@@ -121,6 +121,15 @@ def count_samples(name: str, a: Any) -> int:
     return np.shape(a)[0]
 
 
+def require_divisible(name: str, samples: int, devices: int) -> None:
+    """ValueError, which begins with `name`, for samples that devices cannot share equally."""
+    if samples % devices:
+        raise ValueError(
+            f"{name}: {devices} devices do not divide {samples} samples. pad_batch adds samples "
+            "that a mask leaves out."
+        )
+
+
 def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
     """`batch` with samples of zeros behind its own up to `size`, and a `mask` that leaves them out.
 
@@ -176,11 +185,7 @@ def shard_batch(batch: Any, mesh: Mesh, axis: str | tuple[str, ...] = "data") ->
 
     def put(a):
         samples = count_samples("shard_batch", a) * jax.process_count()
-        if samples % devices:
-            raise ValueError(
-                f"shard_batch: {devices} devices do not divide {samples} samples. pad_batch adds "
-                "samples that a mask leaves out."
-            )
+        require_divisible("shard_batch", samples, devices)
         if jax.process_count() == 1:
             return jax.device_put(a, sharding)
         return jax.make_array_from_process_local_data(sharding, np.asarray(a))

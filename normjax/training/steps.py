@@ -29,7 +29,7 @@ from normjax.core import checks
 from normjax.core.compat import is_traced
 from normjax.core.structs import several
 from normjax.training.models import Device, opener, unsown
-from normjax.training.placement import Rules, count_samples, placement
+from normjax.training.placement import Rules, count_samples, placement, require_divisible
 
 Model = linen.Module | nnx.Module
 Mode = Literal["jit", "shard_map", "pmap"]
@@ -484,15 +484,7 @@ class Step:
             return
         devices = math.prod(self._mesh.shape[name] for name in several(self._axis))
         for a in jax.tree.leaves(batch):
-            self._require_divisible(a, devices)
-
-    def _require_divisible(self, a, devices):
-        samples = count_samples(self._name, a)
-        if samples % devices:
-            raise ValueError(
-                f"{self._name}: {devices} devices do not divide {samples} samples. pad_batch adds "
-                "samples that a mask leaves out."
-            )
+            require_divisible(self._name, count_samples(self._name, a), devices)
 
     def _divided(self, state, batch):
         """A batch with an axis of devices in front."""
@@ -501,7 +493,7 @@ class Step:
             raise ValueError(f"{self._name}: the mode 'pmap' needs the state of replicate(state).")
 
         def divide(a):
-            self._require_divisible(a, devices)
+            require_divisible(self._name, count_samples(self._name, a), devices)
             return jnp.reshape(a, (devices, -1, *jnp.shape(a)[1:]))
 
         return jax.tree.map(divide, batch)
