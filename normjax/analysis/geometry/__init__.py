@@ -8,7 +8,7 @@ Linear regions, of any function f from an input (without a batch axis) to an arr
 
 - `regions_2d(f, plane, window)`: the exact polygons in a slice of the inputs, a `Regions` with
   `count`, `polygons`, `areas`, `maps`, `boundaries()` by layer and unit, `decision()` (where the
-  two largest outputs are equal) and `locate(samples)`; `Plane.through(a, b, c)` makes a plane
+  two largest outputs are equal), `classes()` and `locate(samples)`; `Plane.through(a, b, c)` makes a plane
   through three inputs, and without a plane the inputs are two numbers.
 - `regions_on_segment(f, start, end)`: the exact breaks between two inputs of any shape, a `Pieces`
   with `count`, `breaks`, `maps`, `decision()`.
@@ -18,6 +18,7 @@ Linear regions, of any function f from an input (without a batch axis) to an arr
 Balestriero & Baraniuk, *Batch Normalization Explained*, 2022, https://arxiv.org/abs/2209.14778.
 """
 
+from normjax.analysis.geometry.drawing import plot_regions
 from normjax.analysis.geometry.partition import (
     Lines,
     Pieces,
@@ -34,6 +35,7 @@ __all__ = [
     "Pieces",
     "Plane",
     "Regions",
+    "plot_regions",
     "regions_2d",
     "regions_on_segment",
 ]

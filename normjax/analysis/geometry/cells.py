@@ -80,7 +80,7 @@ def clip(cells: Cells, values: np.ndarray, labels: np.ndarray) -> Cells:
     share = np.divide(values, values - ahead, out=np.zeros_like(values), where=crossed)[:, :, None]
     ends = np.take_along_axis(cells.vertices, following[:, :, None], 1)
     points = cells.vertices + share * (ends - cells.vertices)
-    pairs = lambda a, b: np.stack([a, b], 2).reshape(len(a), -1, *a.shape[2:])
+    pairs = lambda a, b: np.stack([a, b], 2).reshape(len(a), 2 * a.shape[1], *a.shape[2:])
     kept = pairs(used & (values >= 0), crossed)
     vertices = pairs(cells.vertices, points)
     on = leaves & (values == 0)

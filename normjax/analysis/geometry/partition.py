@@ -74,8 +74,7 @@ class Regions:
     @property
     def polygons(self) -> list[np.ndarray]:
         """The vertices of each region alone, [vertices, 2]."""
-        counts = self._cells.count
-        return [polygon[:count] for polygon, count in zip(self.vertices, counts, strict=True)]
+        return _polygons(self._cells, self.window)
 
     @property
     def areas(self) -> np.ndarray:
@@ -115,6 +114,20 @@ class Regions:
         """
         cells, _ = _decided("Regions.decision", self._cells, self._outputs)
         return _outward(_edges(cells)[0], self.window)
+
+    def classes(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The polygons on which one output is the largest, and the number of that output.
+
+        Each lies in one region. The output is an array of scores, as for `decision`.
+
+        Example:
+          >>> import normjax.analysis.geometry as geometry
+          >>> polygons, largest = geometry.regions_2d(lambda x: x).classes()
+          >>> [len(polygon) for polygon in polygons], largest.tolist()
+          ([3, 3], [0, 1])
+        """
+        cells, largest = _decided("Regions.classes", self._cells, self._outputs)
+        return _polygons(cells, self.window), largest
 
     def locate(self, samples: Any, *, project: bool = False) -> np.ndarray:
         """The number of the region of each of the inputs [N, *shape].
@@ -313,6 +326,11 @@ def _halves(window):
 def _outward(points, window):
     """Coordinates in a window, of those in [-1, 1]."""
     return _middles(window) + points * _halves(window)
+
+
+def _polygons(cells, window):
+    pairs = zip(_outward(cells.vertices, window), cells.count, strict=True)
+    return [vertices[:count] for vertices, count in pairs]
 
 
 def _areas(cells):
