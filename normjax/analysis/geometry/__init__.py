@@ -8,8 +8,8 @@ Linear regions, of any function f from an input (without a batch axis) to an arr
 
 - `regions_2d(f, plane, window)`: the exact polygons in a slice of the inputs, a `Regions` with
   `count`, `polygons`, `areas`, `maps`, `boundaries()` by layer and unit, `decision()` (where the
-  two largest outputs are equal), `classes()` and `locate(samples)`; `Plane.through(a, b, c)` makes a plane
-  through three inputs, and without a plane the inputs are two numbers.
+  two largest outputs are equal), `classes()` and `locate(samples)`. `Plane.through(a, b, c)` makes
+  a plane through three inputs; without a plane the inputs are two numbers.
 - `regions_on_segment(f, start, end)`: the exact breaks between two inputs of any shape, a `Pieces`
   with `count`, `breaks`, `maps`, `decision()`.
 - `plot_regions({"title": regions, ...}, samples, classes, path="file.png")`: partitions side by

@@ -1,14 +1,13 @@
 """Convex cells of a line or plane, many at once, and their division by affine functions.
 
-Coordinates lie in [-1, 1]. A value is taken as zero within `TOLERANCE` of the largest that its
-function may have there.
+Coordinates lie in [-1, 1]. A value is zero within a tolerance, relative to the largest that its
+function may have there: what is as near to a vertex as that goes through it.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-TOLERANCE = 2.0**-40
 FRAME = np.iinfo(np.int64).min  # the label of an edge of the whole
 
 
@@ -94,18 +93,19 @@ def clip(cells: Cells, values: np.ndarray, labels: np.ndarray) -> Cells:
     return Cells(vertices, count, np.take_along_axis(names, order, 1))
 
 
-def divide(cells, functions, sizes, first):
+def divide(cells, functions, sizes, first, tolerance):
     """Divides cells until one function of each unit is the largest in all of a cell.
 
     Args:
       functions: [cells, coordinates + 1, units, functions]; a single function stands against zero.
       sizes: how large the functions were before cancellation, [cells, units].
       first: the label of the first unit.
+      tolerance: the part of `sizes` within which values are equal.
 
     Returns:
       New cells, and the cell that each is a part of.
     """
-    units = functions.shape[2]
+    units, sizes = functions.shape[2], tolerance * sizes
     split, unsettled = (_by_sign, _two_signs) if functions.shape[3] == 1 else (_by_winner, _contest)
     rows = np.arange(len(cells.count))
     labels = np.broadcast_to(first + np.arange(units), (len(rows), units))
@@ -113,7 +113,7 @@ def divide(cells, functions, sizes, first):
     while len(rows):
         values = cells.values(functions.reshape(*functions.shape[:2], -1))
         values = values.reshape(*values.shape[:2], *functions.shape[2:])
-        open_ = unsettled(values, TOLERANCE * sizes)
+        open_ = unsettled(values, sizes)
         todo = open_.any(1)
         done.append((cells.at(~todo), rows[~todo]))
         cells, rows, open_ = cells.at(todo), rows[todo], open_[todo]
@@ -122,7 +122,7 @@ def divide(cells, functions, sizes, first):
         order = np.argsort(~open_, axis=1, kind="stable")[:, : open_.sum(1).max()]
         functions = np.take_along_axis(functions[todo], order[:, None, :, None], 2)
         sizes, labels = (np.take_along_axis(a[todo], order, 1) for a in (sizes, labels))
-        unit = functions[:, :, 0], TOLERANCE * sizes[:, :1], labels[:, 0]
+        unit = functions[:, :, 0], sizes[:, :1], labels[:, 0]
         cells, parents = split(cells, *unit)
         rows, functions = rows[parents], functions[parents, :, 1:]
         sizes, labels = sizes[parents, 1:], labels[parents, 1:]

@@ -85,15 +85,17 @@ def _draw_partition(axes, regions, depth):
 
     if np.prod(regions.maps.shape[1:-1]) > 1:
         polygons, winners = regions.classes()
-        levels = 1 - 0.25 * winners / max(1, winners.max())
+        levels = 1 - 0.15 * winners / max(1, winners.max())
         shades = np.repeat(levels[:, None], 3, axis=1)
-        axes.add_collection(PolyCollection(polygons, facecolors=shades, edgecolors=shades, zorder=0))
-        axes.add_collection(LineCollection(regions.decision(), colors="white", linewidths=4.5))
-        axes.add_collection(LineCollection(regions.decision(), colors="black", linewidths=2.2))
+        style = {"facecolors": shades, "edgecolors": shades, "zorder": 0}
+        axes.add_collection(PolyCollection(polygons, **style))
+        for color, width in (("white", 4.5), ("black", 2.2)):
+            style = {"colors": color, "linewidths": width, "zorder": 3}
+            axes.add_collection(LineCollection(regions.decision(), **style))
     lines = regions.boundaries()
     for layer in np.unique(lines.layer)[::-1]:
         color = _colors(depth).to_rgba(layer + 1)
-        width = 1.6 - 1.2 * layer / max(1, depth - 1)
+        width = 1.6 - 1.0 * layer / max(1, depth - 1)
         ends = lines.ends[lines.layer == layer]
         axes.add_collection(LineCollection(ends, colors=[color], linewidths=width, zorder=1))
 

@@ -15,6 +15,7 @@ from normjax.analysis.geometry.values import Layer
 
 Window = tuple[tuple[float, float], tuple[float, float]]
 LIMIT = 1_000_000
+TOLERANCE = 2.0**-40
 
 
 class Lines(NamedTuple):
@@ -29,7 +30,7 @@ class Lines(NamedTuple):
       >>> import jax, normjax.analysis.geometry as geometry
       >>> lines = geometry.regions_2d(jax.nn.relu, window=((-1, 1), (-1, 3))).boundaries()
       >>> lines.unit.tolist(), lines.ends[0].tolist()
-      ([0, 1, 1], [[0.0, 3.0], [0.0, -1.0]])
+      ([0, 1, 1, 0], [[0.0, 3.0], [0.0, 0.0]])
     """
 
     ends: np.ndarray
@@ -171,6 +172,7 @@ def regions_2d(
     window: Window = ((-1.0, 1.0), (-1.0, 1.0)),
     *,
     limit: int = LIMIT,
+    tolerance: float = TOLERANCE,
 ) -> Regions:
     """Divides a window of a plane into the polygons on which a function is affine, exactly.
 
@@ -181,7 +183,9 @@ def regions_2d(
     one side. Norms must evaluate with fixed statistics: `normjax.population.recalibrate` makes
     running statistics of those of given data.
 
-    Lines are told apart down to about 1e-12 of the window; what is closer together counts as one.
+    A line within `tolerance` of a vertex, as a part of the window, goes through it. Lines of units
+    with batch norm and no bias meet in the mean of the data, but of statistics in float32 only up
+    to their rounding, which makes tiny regions there: tolerance=1e-5 takes them for one point.
     Balestriero & Baraniuk, *Batch Normalization Explained*, 2022, https://arxiv.org/abs/2209.14778.
 
     Args:
@@ -190,17 +194,20 @@ def regions_2d(
       plane: the plane; None: the input is an array of two numbers, which are the coordinates.
       window: the lowest and the highest first and second coordinate.
       limit: ValueError for more regions.
+      tolerance: relative, within which values are equal.
 
     Raises:
       ValueError: for a function that is not piecewise affine in its input, naming the primitive of
-        JAX; for values that are not finite, an empty window, or more regions than `limit`.
+        JAX; for values that are not finite, an empty window, a tolerance that is not in
+        (0, 1e-3], or more regions than `limit`.
       TypeError: for what returns anything but one floating array.
 
     Example:
       >>> import jax, flax.linen as nn, normjax.analysis.geometry as geometry
       >>> model = nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(3)])
       >>> variables = model.init(jax.random.key(0), jax.numpy.ones(2))
-      >>> found = geometry.regions_2d(lambda x: model.apply(variables, x), window=((-2, 2), (-1, 1)))
+      >>> f = lambda x: model.apply(variables, x)
+      >>> found = geometry.regions_2d(f, window=((-2, 2), (-1, 1)))
       >>> found.count, round(float(found.areas.sum()), 9), found.maps.shape
       (10, 8.0, (10, 3, 3))
     """
@@ -210,13 +217,14 @@ def regions_2d(
         raise ValueError(
             f"regions_2d: window={window}: give ((low, high), (low, high)), with low < high."
         )
-    window = tuple((float(low), float(high)) for low, high in bounds)
+    (left, right), (bottom, top) = bounds.tolist()
+    window = (left, right), (bottom, top)
     program = Program.of("regions_2d", f, plane.shape, 2)
     axes = np.stack([plane.first, plane.second])
     slopes = axes * _halves(window).reshape(2, *(1,) * plane.origin.ndim)
     start = np.concatenate([slopes, plane.points(_middles(window)[None])])
-    cells, outputs = subdivide(program, start, limit)
-    if abs(_areas(cells).sum() - 4) > 1e-8:
+    cells, outputs = subdivide(program, start, limit, tolerance)
+    if abs(_areas(cells).sum() - 4) > 1e4 * tolerance:
         raise ArithmeticError("regions_2d: the regions do not tile the window.")
     return Regions(plane, window, program.layers, cells, outputs)
 
@@ -268,7 +276,12 @@ class Pieces:
 
 
 def regions_on_segment(
-    f: Callable[[Any], Any], start: Any, end: Any, *, limit: int = LIMIT
+    f: Callable[[Any], Any],
+    start: Any,
+    end: Any,
+    *,
+    limit: int = LIMIT,
+    tolerance: float = TOLERANCE,
 ) -> Pieces:
     """Divides a segment between two inputs into the pieces on which a function is affine, exactly.
 
@@ -278,6 +291,7 @@ def regions_on_segment(
       f: a function of an input, without a batch axis, as in `regions_2d`.
       start, end: two inputs of one shape.
       limit: ValueError for more pieces.
+      tolerance: relative, within which values are equal.
 
     Raises:
       ValueError: as for `regions_2d`, and for two equal inputs, or of different shapes.
@@ -299,7 +313,7 @@ def regions_on_segment(
         )
     program = Program.of("regions_on_segment", f, start.shape, 1)
     line = np.stack([(end - start) / 2, (start + end) / 2])
-    cells, outputs = subdivide(program, line, limit)
+    cells, outputs = subdivide(program, line, limit, tolerance)
     cells, order = _in_order(cells)
     outputs = outputs[order]
     # The label of a change is at the end of one piece or, inverted, at the start of the other.
@@ -367,5 +381,5 @@ def _decided(caller, cells, outputs):
         raise ValueError(f"{caller}: f has a single output: give one with a score for each class.")
     plain = cells._replace(labels=np.full_like(cells.labels, -1))
     sizes = np.abs(scores).sum(1).max(1)
-    cells, parents = divide(plain, scores[:, :, None], sizes[:, None], 0)
+    cells, parents = divide(plain, scores[:, :, None], sizes[:, None], 0, TOLERANCE)
     return cells, decide(cells, scores[parents][:, :, None])[:, 0]

@@ -59,7 +59,9 @@ class Plane:
                  [2., 0.],
                  [1., 4.]])
         """
-        a, b, c = (finite("Plane.through", name, x) for name, x in zip("abc", (a, b, c), strict=True))
+        a, b, c = (
+            finite("Plane.through", name, x) for name, x in zip("abc", (a, b, c), strict=True)
+        )
         plane = cls(a, b - a, c - a)
         first = plane.first / np.linalg.norm(plane.first)
         second = plane.second - np.vdot(first, plane.second) * first

@@ -165,7 +165,9 @@ class Program:
     def filler(self, operands):
         """A function of the arrays of the nodes among operands: all of them as affine values."""
         fixed = [
-            None if isinstance(a, Node) else lifted(np.asarray(a, float)[None, None], self.dimension)
+            None
+            if isinstance(a, Node)
+            else lifted(np.asarray(a, float)[None, None], self.dimension)
             for a in operands
         ]
 

@@ -194,9 +194,9 @@ def _pool_sum(program, eqn, a):
 # Branches.
 
 
-def _compete(program, name, a, b, finish, flat=False):
-    """A branch on which of two values is larger: `finish` takes that a is, and both."""
-    shape = a.shape
+def _compete(program, name, pair, finish, flat=False):
+    """A branch on which of two values is larger: `finish` takes that the first is, and both."""
+    shape = pair[0].shape
 
     def functions(x, y):
         size = np.abs(x).sum(1) + np.abs(y).sum(1)
@@ -206,21 +206,21 @@ def _compete(program, name, a, b, finish, flat=False):
     def finished(decided, x, y):
         return finish((decided > 0).reshape(-1, 1, *shape), x, y)
 
-    return program.branch(Layer(name, shape), shape, functions, finished, [a, b], flat=flat)
+    return program.branch(Layer(name, shape), shape, functions, finished, pair, flat=flat)
 
 
 def _largest(program, eqn, a, b):
-    return _compete(program, "max", *_fit(eqn, (a, b)), np.where)
+    return _compete(program, "max", _fit(eqn, (a, b)), np.where)
 
 
 def _smallest(program, eqn, a, b):
-    return _compete(program, "min", *_fit(eqn, (a, b)), lambda more, x, y: np.where(more, y, x))
+    return _compete(program, "min", _fit(eqn, (a, b)), lambda more, x, y: np.where(more, y, x))
 
 
 def _clamp(program, eqn, low, a, high):
     low, a, high = _fit(eqn, (low, a, high))
-    (a,) = _compete(program, "clamp", a, low, np.where)
-    return _compete(program, "clamp", a, high, lambda more, x, y: np.where(more, y, x))
+    (a,) = _compete(program, "clamp", [a, low], np.where)
+    return _compete(program, "clamp", [a, high], lambda more, x, y: np.where(more, y, x))
 
 
 def _compare(sign):
@@ -228,19 +228,19 @@ def _compare(sign):
         if not all(floating(v.aval.dtype) for v in eqn.invars):
             raise program.error(eqn.primitive.name)
         finish = lambda more, x, y: more == sign
-        return _compete(program, eqn.primitive.name, *_fit(eqn, inputs), finish, flat=True)
+        return _compete(program, eqn.primitive.name, _fit(eqn, inputs), finish, flat=True)
 
     return rule
 
 
 def _absolute(program, eqn, a):
     finish = lambda more, x, y: np.where(more, x, -x)
-    return _compete(program, "abs", a, np.zeros(a.shape), finish)
+    return _compete(program, "abs", [a, np.zeros(a.shape)], finish)
 
 
 def _sign(program, eqn, a):
     finish = lambda more, x, y: np.where(more, 1.0, -1.0)
-    return _compete(program, "sign", a, np.zeros(a.shape), finish, flat=True)
+    return _compete(program, "sign", [a, np.zeros(a.shape)], finish, flat=True)
 
 
 def _winner(program, name, a, places, sign=1):
