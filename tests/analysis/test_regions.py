@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import lax
 
+import normjax
 import normjax.linen
 import normjax.nnx
 from normjax import population
@@ -48,13 +49,20 @@ def check(regions, f):
     np.testing.assert_array_equal(regions.locate(regions.plane.points(a)), np.arange(len(a)))
 
 
+def filled(model, x):
+    """A Linen model with variables drawn by NumPy, as a function of an input."""
+    shapes, rng = jax.eval_shape(model.init, jax.random.key(0), x), np.random.default_rng(3)
+    kernel = lambda path: "kernel" in str(path)
+    positive = lambda path: "var" in str(path) or "scale" in str(path)
+    draw = lambda path, a: rng.normal(size=a.shape) * (0.3 + kernel(path)) + 2 * positive(path)
+    variables = jax.tree_util.tree_map_with_path(draw, shapes)
+    return lambda x: model.apply(variables, x[None])[0]
+
+
 def linen_mlp():
     norm = lambda: normjax.linen.BatchNorm(use_running_average=True)
     layers = [nn.Dense(9), norm(), nn.relu, nn.Dense(8), norm(), nn.leaky_relu, nn.Dense(3)]
-    model, data = nn.Sequential(layers), RNG.normal(size=(40, 4)).astype("float32")
-    variables = model.init(jax.random.key(0), data)
-    variables = population.recalibrate(model, [data], variables=variables, layerwise=True)
-    return lambda x: model.apply(variables, x[None])[0]
+    return filled(nn.Sequential(layers), jnp.ones((1, 4)))
 
 
 def nnx_mlp():
@@ -75,13 +83,11 @@ class Conv(nn.Module):
         y = nn.Conv(4, (2, 3), kernel_dilation=2, padding=((2, 0), (1, 3)))(x)
         x = nn.max_pool(x + y, (3, 3), (2, 2), "SAME")
         x = nn.relu(nn.ConvTranspose(3, (3, 3), strides=(2, 2))(x))
-        return nn.Dense(3)(nn.avg_pool(x, (2, 2), (2, 2), "SAME").mean((0, 1)))
+        return nn.Dense(3)(nn.avg_pool(x, (2, 2), (2, 2), "SAME").mean((1, 2)))
 
 
 def conv():
-    model = Conv()
-    variables = model.init(jax.random.key(0), jnp.ones((6, 6, 2)))
-    return lambda x: model.apply(variables, x)
+    return filled(Conv(), jnp.ones((1, 6, 6, 2)))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,7 @@ FUNCTIONS = {
     "relu6": lambda x: jax.nn.relu6(4 * x) / 3,
     "hard tanh": lambda x: jax.nn.hard_tanh(x) - x,
     "clip": lambda x: jnp.clip(x @ M, -0.5, 0.7),
-    "clamp": lambda x: lax.clamp(-x[0], x, x[1] + 3.0) if False else lax.clamp(-0.3, x, 0.8),
+    "clamp": lambda x: lax.clamp(-0.3, x, 0.8),
     "where": lambda x: jnp.where(x > 0.1, 2.0, x) + jnp.where(x <= 0.4, x, -x),
     "both sides": lambda x: jnp.where((x > 0) & ~(x[::-1] < 0.2), x, 3.0),
     "sign": lambda x: jnp.sign(x) * (x @ M) + (x > 0.5),
@@ -143,24 +149,20 @@ def test_every_kind_of_step(name):
     check(geometry.regions_2d(f, PLANE, WINDOW), exact)
 
 
-NORMS = {
-    "BatchNorm": {},
-    "BatchRenorm": {},
-    "KalmanNorm": {},
-    "IterativeNorm": {},
-    "DecorrelatedBatchNorm": {},
-    "CholeskyBatchNorm": {},
-    "StochasticWhiteningBatchNorm": {},
-    "SpectralBatchNorm": {},
-}
+NORMS = (
+    normjax.BatchNorm(),
+    normjax.KalmanNorm(),
+    normjax.IterativeNorm(),
+    normjax.CholeskyBatchNorm(),
+    normjax.SpectralBatchNorm(),
+)
 
 
-@pytest.mark.parametrize("name", NORMS)
-def test_norms_with_running_statistics_are_affine(name):
-    model = getattr(normjax.linen, name)(use_running_average=True, **NORMS[name])
-    data = RNG.normal(size=(9, 6, 6, 2)).astype("float32") + 1
-    variables = population.recalibrate(model, [data], variables=model.init(jax.random.key(0), data))
-    f = lambda x: model.apply(variables, x[None])[0]
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: type(norm).__name__)
+def test_norms_with_running_statistics_are_affine(norm):
+    params, state = norm.init(None, 2)
+    state = jax.tree.map(lambda a: a + 0.3, state)
+    f = lambda x: norm.apply(params, state, x[None], train=False)[0][0]
     regions = geometry.regions_2d(f, SLICE, WINDOW)
     assert regions.count == 1
     check(regions, f)
@@ -180,19 +182,18 @@ def test_lines_in_general_position(n):
 
 
 def test_batch_norm_without_bias_centres_the_lines_of_a_layer():
-    model = nn.Sequential([nn.Dense(7), normjax.linen.BatchNorm(use_running_average=True), nn.relu])
-    data = RNG.normal(size=(50, 2)).astype("float32") + [1.0, -2.0]
+    """Up to the rounding of the statistics, which are float32."""
+    data = RNG.normal(size=(50, 2)).astype("float32") + np.float32([1, -2])
+    kernel, norm = matrix(2, 7).astype("float32"), normjax.linen.BatchNorm(use_running_average=True)
+    model = nn.Sequential([lambda x: x @ kernel, norm, nn.relu])
     variables = model.init(jax.random.key(1), data)
-    f = lambda x: model.apply(variables, x[None])[0]
     variables = population.recalibrate(model, [data], variables=variables)
+    f = lambda x: model.apply(variables, x[None])[0]
     regions = geometry.regions_2d(f, window=((-5, 5), (-5, 5)), tolerance=1e-5)
     assert regions.count == 2 * 7
-    ends = regions.boundaries().ends
-    nearest = np.abs(ends - data.mean(0)).max(2).min(1)
-    assert nearest.max() < 1e-5
-    # Statistics are rounded to float32: lines pass by the mean within that.
+    assert np.abs(regions.boundaries().ends - data.mean(0)).max(2).min(1).max() < 1e-5
     exact = geometry.regions_2d(f, window=((-5, 5), (-5, 5)))
-    assert exact.areas[np.argsort(exact.areas)[: -2 * 7]].max(initial=0) < 1e-9
+    assert np.sort(exact.areas)[: -2 * 7].max(initial=0) < 1e-9
 
 
 def test_a_boundary_is_there_once():
@@ -219,8 +220,9 @@ def test_pieces_of_a_segment_are_those_of_a_scan(make, plane):
     f = make()
     start, end = plane.points([[-2.0, 0.3], [2.5, -0.9]])
     pieces = geometry.regions_on_segment(f, start, end)
-    assert pieces.count > 10
-    assert kinks(f, start, end, 20_001) == pieces.count - 1
+    # Where a unit changes that has no effect, there is nothing to see.
+    changes = np.abs(np.diff(pieces.maps, axis=0)).max((1, 2)) > 1e-9
+    assert kinks(f, start, end, 5001) == np.count_nonzero(changes) > 10
     t = np.concatenate([[0], pieces.breaks, [1]])
     middles = (t[1:] + t[:-1]) / 2
     values = wide(lambda t: f(start + t * (end - start)), middles)
@@ -263,7 +265,8 @@ def test_decision_boundary():
 
 
 def test_cells_run_in_batches(monkeypatch):
-    f, whole = linen_mlp(), geometry.regions_2d(linen_mlp(), PLANE, WINDOW)
+    f = linen_mlp()
+    whole = geometry.regions_2d(f, PLANE, WINDOW)
     monkeypatch.setattr("normjax.analysis.geometry.subdivision.BYTES", 1)
     parts = geometry.regions_2d(f, PLANE, WINDOW)
     check(parts, f)

@@ -112,9 +112,8 @@ class Program:
     def equation(self, eqn, inputs, used):
         name = eqn.primitive.name
         if name in CALLS:
-            inner = eqn.params[CALLS[name]]
-            consts = map(constant, getattr(inner, "consts", ()))
-            return self.walk(getattr(inner, "jaxpr", inner), [*consts, *inputs], used)
+            inner, consts = _called(eqn.params[CALLS[name]])
+            return self.walk(inner, [*consts, *inputs], used)
         if name == "scan":
             return self.scan(eqn, inputs, used)
         if not any(isinstance(value, Node) for value in inputs):
@@ -202,16 +201,17 @@ class Program:
 
     def scan(self, eqn, inputs, used):
         """The steps of each turn of `lax.scan`."""
-        params = eqn.params
-        body, own = params["jaxpr"].jaxpr, list(map(constant, params["jaxpr"].consts))
-        fixed, carries = params["num_consts"], params["num_carry"]
-        carry, stacked = inputs[fixed : fixed + carries], inputs[fixed + carries :]
-        turns = range(params["length"])[:: -1 if params["reverse"] else 1]
+        body, own = _called(eqn.params["jaxpr"])
+        longer = lambda outer, inner: len(outer.aval.shape) > len(inner.aval.shape)
+        stacked = sum(map(longer, eqn.invars, body.invars[-len(inputs) :]))
+        carries = len(used) - sum(map(longer, eqn.outvars, body.outvars))
+        fixed = inputs[: len(inputs) - stacked - carries]
+        carry, stacks = inputs[len(fixed) : len(fixed) + carries], inputs[len(fixed) + carries :]
         rows = {}
-        for i in turns:
-            parts = [self.row(a, i) for a in stacked]
+        for i in range(eqn.params["length"])[:: -1 if eqn.params["reverse"] else 1]:
+            parts = [self.row(a, i) for a in stacks]
             wanted = [True] * carries + used[carries:]
-            results = self.walk(body, [*own, *inputs[:fixed], *carry, *parts], wanted)
+            results = self.walk(body, [*own, *fixed, *carry, *parts], wanted)
             carry, rows[i] = results[:carries], results[carries:]
         columns = [[rows[i][k] for i in sorted(rows)] for k in range(len(used) - carries)]
         return [*carry, *(None if column[0] is None else self.stack(column) for column in columns)]
@@ -229,6 +229,11 @@ class Program:
 
 
 VERTICES = 8  # about as many as a polygon has
+
+
+def _called(program):
+    """A traced program inside of another one, and its constants."""
+    return getattr(program, "jaxpr", program), list(map(constant, getattr(program, "consts", ())))
 
 
 def _take(arrays, place):

@@ -28,10 +28,11 @@ def subdivide(
         raise ValueError(f"{program.caller}: tolerance={tolerance} must be in (0, 1e-3].")
     found, count = [], 0
     values, whole = {program.input.number: start[None]}, Cells.whole(program.dimension)
-    for cells, output in _pieces(program, 0, values, whole, (limit, tolerance)):
-        count += len(output)
-        _check_count(program, count, limit)
-        found.append((cells, output))
+    with np.errstate(all="ignore"):  # what is not finite is an error
+        for cells, output in _pieces(program, 0, values, whole, (limit, tolerance)):
+            count += len(output)
+            _check_count(program, count, limit)
+            found.append((cells, output))
     return join([cells for cells, _ in found]), np.concatenate([output for _, output in found])
 
 
