@@ -212,13 +212,7 @@ def regions_2d(
       (10, 8.0, (10, 3, 3))
     """
     plane = Plane([0.0, 0.0], [1.0, 0.0], [0.0, 1.0]) if plane is None else plane
-    bounds = finite("regions_2d", "window", window)
-    if bounds.shape != (2, 2) or (bounds[:, 0] >= bounds[:, 1]).any():
-        raise ValueError(
-            f"regions_2d: window={window}: give ((low, high), (low, high)), with low < high."
-        )
-    (left, right), (bottom, top) = bounds.tolist()
-    window = (left, right), (bottom, top)
+    window = _checked(window)
     program = Program.of("regions_2d", f, plane.shape, 2)
     axes = np.stack([plane.first, plane.second])
     slopes = axes * _halves(window).reshape(2, *(1,) * plane.origin.ndim)
@@ -227,6 +221,16 @@ def regions_2d(
     if abs(_areas(cells).sum() - 4) > 1e4 * tolerance:
         raise ArithmeticError("regions_2d: the regions do not tile the window.")
     return Regions(plane, window, program.layers, cells, outputs)
+
+
+def _checked(window) -> Window:
+    bounds = finite("regions_2d", "window", window)
+    if bounds.shape != (2, 2) or (bounds[:, 0] >= bounds[:, 1]).any():
+        raise ValueError(
+            f"regions_2d: window={window}: give ((low, high), (low, high)), with low < high."
+        )
+    (left, right), (bottom, top) = bounds.tolist()
+    return (left, right), (bottom, top)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
