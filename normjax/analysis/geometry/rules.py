@@ -86,6 +86,8 @@ def _logical(function):
 def _select(program, eqn, which, *cases):
     if not isinstance(which, Node) and which.ndim == 0:
         return [cases[int(which)]]
+    if not floating(eqn.outvars[0].aval.dtype):
+        raise program.error("select_n", "of values that are not floating is not supported")
     shape = eqn.outvars[0].aval.shape
 
     def choose(which, *cases):
