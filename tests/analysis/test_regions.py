@@ -240,9 +240,14 @@ def test_a_segment_meets_the_regions_of_its_plane():
     points = (1 - middles) * corners[0] + middles * corners[1]
     met = regions.locate(PLANE.points(points))
     assert len(set(met)) == pieces.count
-    changes = set(zip(pieces.layer.tolist(), pieces.unit.tolist(), strict=True))
     lines = regions.boundaries()
-    assert changes <= set(zip(lines.layer.tolist(), lines.unit.tolist(), strict=True))
+    changes = (1 - pieces.breaks[:, None]) * corners[0] + pieces.breaks[:, None] * corners[1]
+    start, length = lines.ends[:, 0], np.diff(lines.ends, axis=1)[:, 0]
+    for point, *change in zip(changes, pieces.layer, pieces.unit, strict=True):
+        along = np.einsum("sd,sd->s", point - start, length) / np.square(length).sum(1)
+        feet = start + np.clip(along, 0, 1)[:, None] * length
+        nearest = np.linalg.norm(point - feet, axis=1).argmin()
+        assert [lines.layer[nearest], lines.unit[nearest]] == change
 
 
 def test_decision_boundary():
