@@ -47,6 +47,11 @@ def check(regions, f):
     maps = np.einsum("r...c,rc->r...", regions.maps, ends)
     assert np.abs(maps - values[0]).max() < 1e-12 * scale
     np.testing.assert_array_equal(regions.locate(regions.plane.points(a)), np.arange(len(a)))
+    # Every edge is the frame's, or a boundary between two regions.
+    length = lambda ends: np.linalg.norm(ends[:, 0] - ends[:, 1], axis=1).sum()
+    around = sum(length(np.stack([p, np.roll(p, -1, 0)], 1)) for p in regions.polygons)
+    frame = 2 * np.sum(np.diff(regions.window, axis=1))
+    np.testing.assert_allclose(around, frame + 2 * length(regions.boundaries().ends), rtol=1e-9)
 
 
 def filled(model, x):
@@ -179,6 +184,19 @@ def test_lines_in_general_position(n):
     values = np.einsum("sed,ds->se", lines.ends, kernel[:, lines.unit]) + bias[lines.unit][:, None]
     assert np.abs(values).max() < 1e-8
     assert not lines.layer.any()
+
+
+def test_lines_that_meet_or_coincide():
+    kernels = [np.random.default_rng(n).integers(-1, 2, (n, 6)).astype(float) for n in (2, 6)]
+
+    def f(x):
+        x = jax.nn.relu(x @ kernels[0])
+        x = abs(x @ kernels[1])
+        return jnp.stack([x.max(), jnp.maximum(x[0], x[1]), x.min() - x[2]])
+
+    regions = geometry.regions_2d(f, window=((-1, 2), (-1, 1)))
+    assert regions.count > 8
+    check(regions, f)
 
 
 def test_batch_norm_without_bias_centres_the_lines_of_a_layer():
