@@ -131,6 +131,7 @@ FUNCTIONS = {
     "sign": lambda x: jnp.sign(x) * (x @ M) + (x > 0.5),
     "max": lambda x: jnp.stack([(M @ x).max(), (M @ x + 1).min(), x.max()]),
     "relu then max": lambda x: nn.max_pool(jax.nn.relu(M @ x)[:, None], (3,), (1,), "SAME")[:, 0],
+    "equal to a third": lambda x: jnp.stack([0 * x, x, -x]).max(0),
     "moved": lambda x: jnp.concatenate(
         [x[::-1], jnp.pad(x, (1, 2)), x[np.array([2, 0])], x.reshape(2, 2).T.ravel(), np.ones(2)]
     ),
