@@ -158,25 +158,29 @@ def _conv(program, eqn, a, b):
     params, groups = eqn.params, eqn.params["feature_group_count"]
     if isinstance(b, Node) or params["batch_group_count"] != 1:
         raise program.error("conv_general_dilated", "of two values that depend on the input")
-    left, right, out = params["dimension_numbers"]
-    kernel = np.transpose(b, right)  # outputs, inputs of a group, *sizes
-    sizes = kernel.shape[2:]
+    left, right, out = (
+        (n, *rest, c) for n, c, *rest in params["dimension_numbers"]
+    )  # last: channels
+    kernel = np.moveaxis(np.transpose(b, right), 0, -1)  # *sizes, inputs of a group, outputs
+    *sizes, width, outputs = kernel.shape
     spacing = (params[key] for key in ("window_strides", "padding", "lhs_dilation", "rhs_dilation"))
-    numbers = np.arange(math.prod(a.shape)).reshape(a.shape).transpose(left)
-    places = _windows(numbers, sizes, *spacing)  # batch, inputs, *positions, *sizes
-    batch, positions = len(places), places.shape[2 : 2 + len(sizes)]
-    places = places.reshape(batch, groups, -1, math.prod(positions), math.prod(sizes))
-    places = places.transpose(1, 0, 3, 2, 4).reshape(groups, batch * math.prod(positions), -1)
-    kernel = kernel.reshape(groups, len(kernel) // groups, -1).swapaxes(1, 2)
-    shape = eqn.outvars[0].aval.shape
+    shape = [a.shape[axis] for axis in left[:-1]]
+    places = _windows(np.arange(math.prod(shape)).reshape(shape), sizes, *spacing)
+    shape, places = places.shape[: len(shape)], places.reshape(-1, math.prod(sizes))
+    kernel = kernel.reshape(-1, groups, outputs // groups).swapaxes(0, 1)
+    order = [0, 1, *(2 + axis for axis in left)]
+    back = [0, 1, *(2 + np.argsort(out))]
 
     def run(x):
-        y = np.take(_flat(x), places, axis=2) @ kernel  # groups, batch and positions, outputs
-        y = y.reshape(*x.shape[:2], groups, batch, math.prod(positions), -1)
-        y = y.transpose(0, 1, 3, 2, 5, 4).reshape(*x.shape[:2], batch, -1, *positions)
-        return [y.transpose(0, 1, *(2 + np.argsort(out)))]
+        x = x.transpose(order).reshape(*x.shape[:2], -1, groups * width)
+        x = np.concatenate([x, np.zeros_like(x[:, :, :1])], axis=2)  # at -1, the padding
+        x = np.take(x, places, axis=2)
+        x = x.reshape(*x.shape[:-1], groups, width).transpose(0, 1, 4, 2, 3, 5)
+        y = x.reshape(*x.shape[:4], -1) @ kernel
+        return [y.swapaxes(2, 3).reshape(*y.shape[:2], *shape, outputs).transpose(back)]
 
-    return program.add(run, [a], shape, size=places.size)
+    size = places.size * groups * width
+    return program.add(run, [a], eqn.outvars[0].aval.shape, size=size)
 
 
 def _pool(eqn, a):
