@@ -120,19 +120,30 @@ def _dot(program, eqn, a, b):
     if isinstance(a, Node) and isinstance(b, Node):
         raise program.error("dot_general", "of two values that depend on the input")
     (left, right), (batch, batch_right) = eqn.params["dimension_numbers"]
-    letters = iter("abcdefghijklmnopqrstuvwxABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    x, y = ([next(letters) for _ in v.aval.shape] for v in eqn.invars)
-    for i, j in [*zip(left, right, strict=True), *zip(batch, batch_right, strict=True)]:
-        y[j] = x[i]
-    out = [x[i] for i in batch] + [c for i, c in enumerate(x) if i not in (*left, *batch)]
-    out += [c for j, c in enumerate(y) if j not in (*right, *batch_right)]
-    x, y, out = map("".join, (x, y, out))
-    if isinstance(a, Node):
-        text, node, factor = f"yz{x},{y}->yz{out}", a, b
-    else:
-        text, node, factor = f"yz{y},{x}->yz{out}", b, a
-    run = lambda v: [np.einsum(text, v, factor, optimize=True)]
-    return program.add(run, [node], eqn.outvars[0].aval.shape)
+    first = isinstance(a, Node)
+    if not first:
+        a, b, left, right, batch, batch_right = b, a, right, left, batch_right, batch
+    free = [axis for axis in range(len(a.shape)) if axis not in (*left, *batch)]
+    rest = [axis for axis in range(b.ndim) if axis not in (*right, *batch_right)]
+    # Matrices for each element of the batch: [free, summed] of the node, [summed, rest].
+    matrices = b.transpose(*batch_right, *right, *rest)
+    sizes = [[n.shape[axis] for axis in axes] for n, axes in ((a, batch), (a, free), (b, rest))]
+    many, rows, columns = map(math.prod, sizes)
+    matrices = matrices.reshape(many, -1, columns)
+    order = [0, 1, *(2 + axis for axis in (*batch, *free, *left))]
+    shape = eqn.outvars[0].aval.shape
+
+    def run(x):
+        cells = x.shape[:2]
+        x = x.transpose(order).reshape(*cells, many, rows, -1)
+        if many == 1:
+            y = x.reshape(-1, x.shape[-1]) @ matrices[0]
+        else:
+            y = x @ matrices
+        y = y.reshape(*cells, many, rows, columns)
+        return [(y if first else y.swapaxes(3, 4)).reshape(*cells, *shape)]
+
+    return program.add(run, [a], shape)
 
 
 def _windows(numbers, sizes, strides, padding, base_dilation, window_dilation):
