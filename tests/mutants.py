@@ -1965,7 +1965,7 @@ OF_REGIONS = {
         REGIONS["rules"],
         "np.argsort(out))",
         "np.array(out))",
-        some("analysis/test_regions.py", "conv"),
+        some("analysis/test_regions.py", "every_kind"),
     ),
     "results of a reversed scan reversed": Mutant(
         REGIONS["program"],
