@@ -1957,8 +1957,8 @@ OF_REGIONS = {
     ),
     "a minimum for a maximum": Mutant(
         REGIONS["rules"],
-        "lambda more, x, y: np.where(more, y, x))\n\n\ndef _clamp",
-        "lambda more, x, y: np.where(more, x, y))\n\n\ndef _clamp",
+        "return np.where(more, y, x)",
+        "return np.where(more, x, y)",
         some("analysis/test_regions.py", "every_kind"),
     ),
     "outputs of a convolution in the order of its numbers": Mutant(

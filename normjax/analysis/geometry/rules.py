@@ -236,16 +236,18 @@ def _largest(program, eqn, a, b):
     return _compete(program, "max", _shape(eqn), _fit(eqn, (a, b)), np.where)
 
 
+def _least(more, x, y):
+    return np.where(more, y, x)
+
+
 def _smallest(program, eqn, a, b):
-    return _compete(
-        program, "min", _shape(eqn), _fit(eqn, (a, b)), lambda more, x, y: np.where(more, y, x)
-    )
+    return _compete(program, "min", _shape(eqn), _fit(eqn, (a, b)), _least)
 
 
 def _clamp(program, eqn, low, a, high):
     low, a, high = _fit(eqn, (low, a, high))
     (a,) = _compete(program, "clamp", a.shape, [a, low], np.where)
-    return _compete(program, "clamp", a.shape, [a, high], lambda more, x, y: np.where(more, y, x))
+    return _compete(program, "clamp", a.shape, [a, high], _least)
 
 
 def _compare(sign):
