@@ -54,6 +54,10 @@ LAYERS = [
     ["training.__init__"],
     ["analysis.layers", "analysis.figures"],
     ["analysis"],
+    ["analysis.geometry.networks", "analysis.geometry.switches"],
+    ["analysis.geometry.margins"],
+    ["analysis.geometry"],
+    ["analysis.geometry.__init__"],
     ["analysis.__init__"],
 ]
 RANKS = {f"normjax.{name}": rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -195,7 +199,7 @@ def public_modules():
     """The package, its front ends and tools; of `propagate` and the like the package alone."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
     hidden = re.compile(
-        r"normjax\.(core|methods|paths|kernels|(folding|propagate|testing|training)\.)"
+        r"normjax\.(core|methods|paths|kernels|(analysis\.geometry|folding|propagate|testing|training)\.)"
     )
     return sorted(name for name in names if not hidden.match(name))
 

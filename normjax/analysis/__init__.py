@@ -3,6 +3,7 @@
 from normjax.analysis import (
     balance,
     figures,
+    geometry,
     layers,
     noise,
     propagation,
@@ -14,6 +15,7 @@ from normjax.analysis import (
 __all__ = [
     "balance",
     "figures",
+    "geometry",
     "layers",
     "noise",
     "propagation",
