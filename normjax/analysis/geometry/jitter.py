@@ -1,6 +1,7 @@
 """How boundaries move from one mini-batch to the next, because its statistics do."""
 
 import functools
+import math
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ class Jitter(NamedTuple):
     """How the boundaries of one batch norm with C features move over R mini-batches.
 
     The threshold is the value of the input at which the output is zero, `mean - bias / scale *
-    sqrt(var + epsilon)`. Each variance over the batches stands beside its law for large batches.
+    sqrt(var + epsilon)`. Each variance over the batches stands beside its law; see `jitter`.
     Where the scale is zero there is no boundary, and the threshold is not finite.
 
     Example:
@@ -54,16 +55,15 @@ def jitter(
     """The jitter of the boundaries of every batch norm of a model, measured and by its law.
 
     Balestriero & Baraniuk, *Batch Normalization Explained*, 2022, https://arxiv.org/abs/2209.14778,
-    say that batch norm moves boundaries at random as dropout does. The law is derived here. For
-    B samples drawn without replacement from N, values a of the input with mean m and deviation s,
-    and r = bias / scale, the threshold is a mean of `(a - m) - r ((a - m)^2 - s^2) / (2 s)` to
-    first order, so its variance is the variance of that over `B (N - 1) / (N - B)`. Without
-    positions and for large N it is
+    say that batch norm moves boundaries at random as dropout does. The law is derived here. Of
+    B samples, of an input with deviation s and with r = bias / scale, the variance of the threshold
+    is, to first order in 1 / B,
 
         s^2 / B (1 - r skewness + r^2 (kurtosis - 1) / 4).
 
-    A map has a value for each position: the law takes the mean over the positions of a sample, so
-    it holds for correlated ones.
+    The laws have the second order besides, and B (N - 1) / (N - B) in place of B: the samples are
+    drawn without replacement from N. A map has a value for each position; the law takes means over
+    the positions of a sample, so that it holds for correlated ones.
 
     Args:
       model: of Linen or NNX.
@@ -73,9 +73,10 @@ def jitter(
       key: of the draws.
       batches: how many, at least 2. The relative error of a measured variance is about
         sqrt(2 / batches).
-      upstream: False: the other norms evaluate, so that the values of a norm are always the same,
-        which the law assumes. True: all norms train, as in training, and what moves in front of a
-        norm moves its boundaries too.
+      upstream: False: the norms in front of a norm have the statistics of all samples, so that
+        its input does not change, which the law assumes. True: all norms train, as in training. A
+        threshold behind another norm then often moves less, for its input is normalized with the
+        same batch.
 
     Returns a `Jitter` by the path of each `BatchNorm`, such as "block/norm".
 
@@ -135,8 +136,8 @@ def _jitter(network, norms, how, variables, x, key):
     evaluating, training = (
         observer(network.model, network.call, train=train, choose=choose) for train in (False, True)
     )
-    one = lambda x: evaluating(variables, x[None]).seen
-    own = jax.vmap(one)(x)
+    settled = network.observed(x)
+    own = jax.vmap(lambda x: evaluating(settled, x[None]).seen)(x)
     if upstream:
         drawn = lax.map(lambda i: training(variables, x[i]).seen, chosen)
     found = OrderedDict()
@@ -182,17 +183,34 @@ def _of_norm(method, params, each, seen, share):
     deviation = lambda moments: jnp.sqrt(moments.var + method.epsilon)
     ratio = (normalizer.mean - _threshold(normalizer)) / deviation(whole)
     gap = each.mean - whole.mean[None]
-    spread = (each.var + jnp.square(gap) - whole.var[None]) / (2 * deviation(whole)[None])
-    law = lambda values: share * jnp.var(values, 0)
+    square = each.var + jnp.square(gap) - whole.var[None]
+    law = functools.partial(_law, share, gap, square, deviation(whole))
     return Jitter(
         thresholds=thresholds,
         threshold_var=jnp.var(thresholds, 0),
-        threshold_law=law(gap - ratio[None] * spread),
+        threshold_law=law(1, ratio),
         mean_var=jnp.var(seen.mean, 0),
-        mean_law=law(gap),
+        mean_law=law(1, 0),
         deviation_var=jnp.var(deviation(seen), 0),
-        deviation_law=law(spread),
+        deviation_law=law(0, 1),
     )
+
+
+def _law(share, e, d, s, one, ratio):
+    """Variance of `one * mean - ratio * sqrt(var + epsilon)` over batches, to the second order.
+
+    The function of the means of e and d over a batch is f = one e - ratio sqrt(s^2 + d - e^2), with
+    the derivatives below at zero; a share is 1 / B.
+    """
+    f_d, f_ee, f_dd = -ratio / (2 * s), ratio / s, ratio / (4 * s**3)
+    f_eed, f_ddd = -ratio / (2 * s**3), -3 * ratio / (8 * s**5)
+    linear = one * e + f_d[None] * d
+    of = lambda *factors: jnp.mean(math.prod(factors), 0)
+    ee, ed, dd = of(e, e), of(e, d), of(d, d)
+    third = f_ee * of(linear, e, e) + f_dd * of(linear, d, d)
+    curved = (f_ee * ee) ** 2 + 2 * f_ee * f_dd * ed**2 + (f_dd * dd) ** 2
+    bent = of(linear, e) * 2 * f_eed * ed + of(linear, d) * (f_eed * ee + f_ddd * dd)
+    return share * of(linear, linear) + share**2 * (third + curved / 2 + bent)
 
 
 class Swing(NamedTuple):
