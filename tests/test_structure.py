@@ -57,6 +57,7 @@ LAYERS = [
     ["analysis.geometry.networks", "analysis.geometry.switches"],
     ["analysis.geometry.margins"],
     ["analysis.geometry"],
+    ["analysis.geometry.pictures"],
     ["analysis.geometry.__init__"],
     ["analysis.__init__"],
 ]

@@ -15,6 +15,7 @@ from normjax.analysis.geometry.boundaries import (
 from normjax.analysis.geometry.initialization import smart_init
 from normjax.analysis.geometry.jitter import Jitter, Swing, decision_jitter, jitter
 from normjax.analysis.geometry.margins import Margins, margins
+from normjax.analysis.geometry.pictures import plot_distances, plot_jitter
 
 __all__ = [
     "Fit",
@@ -28,6 +29,8 @@ __all__ = [
     "jitter",
     "margins",
     "nearest",
+    "plot_distances",
+    "plot_jitter",
     "smart_init",
     "tls_fit",
     "tls_objective",

@@ -1,7 +1,7 @@
 """How near the boundaries of a network's units are to the data."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -138,7 +138,7 @@ def distances(
       {'relu_0': [[1.5], [1.5]]}
     """
     network = Network.of("distances", model, args, kwargs)
-    return jax.jit(lambda variables, x: _distances(_values("distances", network, variables), x)[1])(
+    return jax.jit(lambda variables, x: _distances(layers(network, variables, "distances"), x)[1])(
         network.variables, network.x
     )
 
@@ -196,12 +196,12 @@ def nearest(
       [True, False]
     """
     network = Network.of("nearest", model, args, kwargs)
-    run = lambda variables, x: _nearest(_values("nearest", network, variables), x)
+    run = lambda variables, x: _nearest(layers(network, variables, "nearest"), x)
     return jax.jit(run)(network.variables, network.x)
 
 
-def _values(caller, network, variables):
-    """The function of samples [N, ...] that returns the values u, by layer."""
+def layers(network: Network, variables: Any, caller: str) -> Callable[[jax.Array], Any]:
+    """The function of samples [N, ...] that returns the values u of the units, by layer."""
     one = lambda x: switches(caller, lambda x: network.one(variables, x), x)[1]
     return jax.vmap(one)
 

@@ -14,7 +14,6 @@ from normjax import modules
 from normjax.analysis.geometry.margins import require_logits, to_others
 from normjax.analysis.geometry.networks import Network
 from normjax.core import checks
-from normjax.core.method import Normalizer
 from normjax.core.statistics import Moments, merge
 from normjax.core.structs import AffineParams
 from normjax.methods.batch import BatchNorm
@@ -97,14 +96,15 @@ def jitter(
       ((3,), True)
     """
     network = Network.of("jitter", model, args, kwargs)
-    _require_sizes("jitter", network.x, batch_size, batches)
-    norms = _norms("jitter", network)
+    require_sizes("jitter", network.x, batch_size, batches)
+    norms = require_norms("jitter", network)
     how = (batch_size, batches, upstream)
     run = functools.partial(_jitter, network, norms, how)
     return jax.jit(run)(network.variables, network.x, key)
 
 
-def _require_sizes(caller, x, batch_size, batches):
+def require_sizes(caller: str, x: jax.Array, batch_size: int, batches: int) -> None:
+    """ValueError unless batches of a size can be drawn from samples, and have a variance."""
     for name, value in (("batch_size", batch_size), ("batches", batches)):
         checks.require(caller, name, value, checks.positive)
         if value < 2:
@@ -115,8 +115,8 @@ def _require_sizes(caller, x, batch_size, batches):
         )
 
 
-def _norms(caller, network):
-    """The methods of the batch norms of a network by path."""
+def require_norms(caller: str, network: Network) -> dict[Any, BatchNorm]:
+    """The methods of the batch norms of a network by path; ValueError if it has none."""
     given = () if isinstance(network.model, nnx.Module) else (network.variables,)
     every = modules.norms(network.model, *given, *network.args, **network.kwargs)
     found = {path: m for path, m in every.items() if isinstance(m, BatchNorm)}
@@ -159,13 +159,14 @@ def _affine(network, variables, path):
     """Scale and bias of a norm; None for what it lacks."""
     if isinstance(network.model, nnx.Module):
         model = nnx.merge(nnx.split(network.model)[0], variables, copy=True)
-        return dict(nnx.iter_modules(model))[path].unpack()[0]
+        own: Any = dict(nnx.iter_modules(model))[path]
+        return own.unpack()[0]
     own = functools.reduce(lambda tree, name: tree.get(name, {}), path, variables.get("params", {}))
     own = linen.meta.unbox(own)
     return AffineParams(own.get("scale"), own.get("bias"))
 
 
-def _threshold(normalizer: Normalizer) -> jax.Array:
+def _threshold(normalizer):
     """The input at which a normalizer returns zero."""
     if normalizer.bias is None:
         return normalizer.mean
@@ -265,8 +266,8 @@ def decision_jitter(
       True
     """
     network = Network.of("decision_jitter", model, args, kwargs)
-    _require_sizes("decision_jitter", network.x, batch_size, batches)
-    _norms("decision_jitter", network)
+    require_sizes("decision_jitter", network.x, batch_size, batches)
+    require_norms("decision_jitter", network)
     require_logits("decision_jitter", network)
     points = jnp.asarray(points, network.x.dtype)
     if points.shape[1:] != network.x.shape[1:] or not points.size:
