@@ -110,8 +110,8 @@ def plot_jitter(
       path: where to save the figure; the suffix says the format.
 
     Raises:
-      TypeError, ValueError: as `jitter` and `distances`; ValueError for samples that are not
-        points of a plane, and labels of another number.
+      TypeError, ValueError: as `jitter` and `distances`, and for samples that are no points of a
+        plane, and labels of another number.
 
     Example:
       >>> import jax, flax.linen as nn, normjax.linen
@@ -128,17 +128,16 @@ def plot_jitter(
 
     network = Network.of("plot_jitter", model, args, kwargs)
     kinds = _checked(network, batch_sizes, draws, resolution, labels)
-    points = np.asarray(network.x, float)
-    grid = _grid(points, margin, resolution)
+    grid = _grid(np.asarray(network.x, float), margin, resolution)
     found = [_values(network, grid, size, draws, key) for size in batch_sizes]
     columns = [*found[0][1]]
-    size = 3.2 * len(columns), 3.2 * len(found)
-    figure = Figure(size, dpi=150, layout="constrained")
-    panels = figure.subplots(len(found), len(columns), squeeze=False, sharex=True, sharey=True)
+    figure = Figure((3.2 * len(columns), 3.2 * len(found)), dpi=150, layout="constrained")
+    how = dict(squeeze=False, sharex=True, sharey=True)
+    panels = figure.subplots(len(found), len(columns), **how)
     for row, batch_size, of_size in zip(panels, batch_sizes, found, strict=True):
         for axes, name in zip(row, columns, strict=True):
             _draw(axes, grid, *(of_panels[name] for of_panels in of_size))
-            _scatter(axes, points, kinds)
+            _scatter(axes, np.asarray(network.x), kinds)
             axes.set_title(f"{name}, batch {batch_size}", loc="left", fontsize=9)
     if path is not None:
         figure.savefig(path)
