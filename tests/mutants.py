@@ -64,6 +64,10 @@ FOLDED, FOLDED_ARRAYS, FOLDED_MODELS, FOLDED_PROGRAM = (
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
 INTEROP = "normjax/interop.py"
 BALANCE, WHITENESS = (f"normjax/analysis/{name}.py" for name in ("balance", "whitening"))
+REGIONS = {
+    name: f"normjax/analysis/geometry/{name}.py"
+    for name in ("cells", "partition", "planes", "program", "rules", "subdivision")
+}
 MATRICES, ROOTS = (f"normjax/core/{name}.py" for name in ("matrices", "roots"))
 WHITENING = "normjax/methods/whitening.py"
 KERNEL_NORMS, TRANSLATED = (f"normjax/methods/{name}.py" for name in ("weights", "translated"))
@@ -1884,7 +1888,95 @@ OF_INTEROP = {
     ),
 }
 
+OF_REGIONS = {
+    "boundaries on both sides": Mutant(
+        REGIONS["cells"],
+        "clip(cells, -values, ~labels)",
+        "clip(cells, -values, labels)",
+        some("analysis/test_regions.py", "boundary_is_there_once"),
+    ),
+    "edge that leaves a half-plane keeps its label": Mutant(
+        REGIONS["cells"],
+        "np.where(cut, new, cells.labels)",
+        "np.where(cut, cells.labels, new)",
+        some("analysis/test_regions.py", "boundary_is_there_once or meets"),
+    ),
+    "equal values have no largest": Mutant(
+        REGIONS["cells"],
+        "~less & (more | (one < other))",
+        "~less & more",
+        some("analysis/test_regions.py", "every_kind"),
+    ),
+    "a window settled by its largest value anywhere": Mutant(
+        REGIONS["cells"],
+        "ahead.all(1).any(-1)",
+        "ahead.any(1).any(-1)",
+        some("analysis/test_regions.py", "every_kind"),
+    ),
+    "parts of a cell beside those of others": Mutant(
+        REGIONS["cells"],
+        "return join(list(sides)), np.tile(",
+        "return join(list(sides)), np.repeat(",
+        some("analysis/test_regions.py", "tile_the_window"),
+    ),
+    "values of the first cells in every batch": Mutant(
+        REGIONS["subdivision"],
+        "decide(part, functions[rows])",
+        "decide(part, functions[: len(rows)])",
+        some("analysis/test_regions.py", "in_batches"),
+    ),
+    "maps relative to the middle of the window": Mutant(
+        REGIONS["partition"],
+        "outputs[:, 2] - slopes @ _middles(window)",
+        "outputs[:, 2]",
+        some("analysis/test_regions.py", "tile_the_window"),
+    ),
+    "the changes of a segment from one side": Mutant(
+        REGIONS["partition"],
+        "np.maximum(cells.labels[1:, 0], ~cells.labels[1:, 0])",
+        "np.abs(cells.labels[1:, 0])",
+        some("analysis/test_regions.py", "meets_the_regions"),
+    ),
+    "a sample outside on one side": Mutant(
+        REGIONS["partition"],
+        "off = np.abs(points - _middles(regions.window)) >",
+        "off = _middles(regions.window) - points >",
+        some("analysis/test_regions.py", "bad_input"),
+    ),
+    "a sample off the plane": Mutant(
+        REGIONS["planes"],
+        "if off.any() and not project:",
+        "if off.all() and not project and len(off) > 1:",
+        some("analysis/test_regions.py", "bad_input"),
+    ),
+    "a minimum for a maximum": Mutant(
+        REGIONS["rules"],
+        "lambda more, x, y: np.where(more, y, x))\n\n\ndef _clamp",
+        "lambda more, x, y: np.where(more, x, y))\n\n\ndef _clamp",
+        some("analysis/test_regions.py", "every_kind"),
+    ),
+    "outputs of a convolution in the order of its numbers": Mutant(
+        REGIONS["rules"],
+        "np.argsort(out))",
+        "np.array(out))",
+        some("analysis/test_regions.py", "conv"),
+    ),
+    "results of a reversed scan reversed": Mutant(
+        REGIONS["program"],
+        "for i in sorted(rows)]",
+        "for i in rows]",
+        some("analysis/test_regions.py", "every_kind"),
+    ),
+    "a case for a value that is not its number": Mutant(
+        REGIONS["rules"],
+        "np.where(which == i, case, result)",
+        "np.where(which != i, case, result)",
+        some("analysis/test_regions.py", "every_kind"),
+    ),
+}
+
 MUTANTS = {
+    **OF_REGIONS,
     **OF_KERNELS,
     **OF_ANALYSIS,
     **OF_POPULATIONS,

@@ -52,13 +52,17 @@ LAYERS = [
     ["training"],
     ["training.microbatches", "training.checkpoints"],
     ["training.__init__"],
-    ["analysis.layers", "analysis.figures"],
-    ["analysis"],
+    ["analysis.layers", "analysis.figures", "analysis.geometry.values"],
+    ["analysis.geometry.rules", "analysis.geometry.cells", "analysis.geometry.planes"],
+    ["analysis.geometry.program"],
+    ["analysis.geometry.subdivision"],
+    ["analysis.geometry.partition"],
     ["analysis.geometry.networks", "analysis.geometry.switches"],
     ["analysis.geometry.margins"],
     ["analysis.geometry"],
     ["analysis.geometry.pictures"],
     ["analysis.geometry.__init__"],
+    ["analysis"],
     ["analysis.__init__"],
 ]
 RANKS = {f"normjax.{name}": rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -200,7 +204,8 @@ def public_modules():
     """The package, its front ends and tools; of `propagate` and the like the package alone."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
     hidden = re.compile(
-        r"normjax\.(core|methods|paths|kernels|(analysis\.geometry|folding|propagate|testing|training)\.)"
+        r"normjax\.(core|methods|paths|kernels"
+        r"|(folding|propagate|testing|training|analysis\.geometry)\.)"
     )
     return sorted(name for name in names if not hidden.match(name))
 

@@ -100,9 +100,8 @@ def plot_jitter(
     lines have those of all samples, which are the dots. Lines are found on a grid.
 
     Args:
-      model, *args, **kwargs: as of `jitter`, with samples f[N, 2], and logits as the output.
+      model, *args, key, **kwargs: as of `jitter`, with samples f[N, 2], and logits as the output.
       batch_sizes: the sizes of the mini-batches.
-      key: of the draws.
       draws: how many mini-batches of each size.
       labels: the class of each sample, int[N]: its marker.
       margin: how far the picture goes beyond the samples, as a share of their range.
