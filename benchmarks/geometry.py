@@ -77,14 +77,20 @@ def network_of(arm: str, net: Net, x: jax.Array, seed: int) -> tuple[Any, Any]:
     rng = np.random.default_rng(seed)
     params = {name: dict(own) for name, own in variables["params"].items() if "norm" not in name}
     for name in params.keys() - {"head"}:
-        kernel = params[name]["kernel"]
+        kernel: Any = params[name]["kernel"]
         bound = np.prod(kernel.shape[:-1]) ** -0.5 if arm == "random" else 0.0
         bias = rng.uniform(-bound, bound, kernel.shape[-1])
         params[name]["bias"] = jnp.asarray(bias, jnp.float32)
     return plain, {"params": params}
 
 
-def spread(x: np.ndarray) -> float:
+def moons(number: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points f64[N, 2] of two classes, half moons."""
+    points, labels = make_moons(number, noise=noise, random_state=seed)
+    return np.asarray(points), np.asarray(labels)
+
+
+def spread(x: Any) -> float:
     """Root mean square distance of samples from their mean, for each dimension."""
     return float(np.sqrt(np.mean(np.var(np.reshape(x, (len(x), -1)), 0))))
 
@@ -102,7 +108,7 @@ def distances(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     images = pixels()[0][:200]
     for seed in range(options.seeds):
-        points, _ = make_moons(200, noise=0.1, random_state=seed)
+        points = moons(200, 0.1, seed)[0]
         points = (points - points.mean(0)) / points.std(0)
         cases = [(f"moons, shifted by {s:.0f}", points + s, Net((32,) * 3, 2)) for s in SHIFTS]
         cases.append(("digits", images, Net((16, 32), 10, convolutions=True)))
@@ -133,7 +139,8 @@ def regions(model: nn.Module, variables: Any, x: np.ndarray, seed: int) -> dict[
     away = 3 * x.std(0) * np.array([np.cos(angle), np.sin(angle)]) * np.sqrt(2)
 
     def count(low, high):
-        return geometry.regions_2d(f, window=tuple(zip(low, high, strict=True))).count
+        window = (low[0], high[0]), (low[1], high[1])
+        return geometry.regions_2d(f, window=window).count
 
     return {"inside": count(low, high), "outside": count(low + away, high + away)}
 
@@ -145,11 +152,11 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
     digits["digits, pixels from 1 to 2"] = 1.0
     found: dict[tuple[str, str], list[float]] = {}
     for seed in range(options.seeds):
-        moons = [make_moons(n, noise=0.2, random_state=seed + i) for i, n in ((0, 300), (99, 2000))]
-        center = moons[0][0].mean(0)
+        both = [moons(300, 0.2, seed), moons(2000, 0.2, seed + 99)]
+        center = both[0][0].mean(0)
         cases = [(name, train + s, labels, test + s, test_labels) for name, s in digits.items()]
         for shift in SHIFTS:
-            (x, own), (unseen, right) = ((a - center + shift, wanted) for a, wanted in moons)
+            (x, own), (unseen, right) = ((a - center + shift, wanted) for a, wanted in both)
             cases.append((f"moons, shifted by {shift:.0f}", x, own, unseen, right))
         for name, x, own, unseen, right in cases:
             x, unseen = (jnp.asarray(a, jnp.float32) for a in (x, unseen))
@@ -302,7 +309,7 @@ def margins(options: argparse.Namespace) -> dict[str, Any]:
         for seed in range(options.seeds):
             own = jax.tree.map(lambda a, i=seed: a[i], (state.params, state.batch_stats))
             variables = dict(zip(("params", "batch_stats"), own, strict=True))
-            found = geometry.margins(net, variables, test, labels=dataset.test_labels)
+            found = geometry.margins(net, variables, test, labels=jnp.asarray(dataset.test_labels))
             wrong = np.asarray(found.first_order) < 0
             row["first_order"].append(float(np.median(found.first_order)) / spread(x))
             row["along"].append(float(np.median(np.where(wrong, -1, 1) * found.along)) / spread(x))

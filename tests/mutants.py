@@ -68,6 +68,10 @@ REGIONS = {
     name: f"normjax/analysis/geometry/{name}.py"
     for name in ("cells", "partition", "planes", "program", "rules", "subdivision")
 }
+BOUNDARIES, SWITCHES, JITTER, MARGINS, SMART = (
+    f"normjax/analysis/geometry/{name}.py"
+    for name in ("boundaries", "switches", "jitter", "margins", "initialization")
+)
 MATRICES, ROOTS = (f"normjax/core/{name}.py" for name in ("matrices", "roots"))
 WHITENING = "normjax/methods/whitening.py"
 KERNEL_NORMS, TRANSLATED = (f"normjax/methods/{name}.py" for name in ("weights", "translated"))
@@ -964,6 +968,72 @@ OF_ANALYSIS = {
         "number = jnp.sum(varies)",
         "number = len(varies)",
         some("analysis/test_whitening.py", "do_not_vary"),
+    ),
+    "distances not divided by the length of the weights": Mutant(
+        BOUNDARIES,
+        "return jnp.sum(jnp.square(values), 0) / jnp.sum(jnp.square(kernel), 0)",
+        "return jnp.sum(jnp.square(values), 0)",
+        some("analysis/test_geometry.py", "total_least_squares"),
+    ),
+    "the last slope in place of all": Mutant(
+        BOUNDARIES,
+        "s + jnp.square(slope)",
+        "jnp.square(slope)",
+        some("analysis/test_geometry.py", "test_distances"),
+    ),
+    "a foot point in whatever region": Mutant(
+        BOUNDARIES,
+        "earlier.append(name)",
+        "pass",
+        some("analysis/test_geometry.py", "foot_point"),
+    ),
+    "the boundary of maxout at zero": Mutant(
+        SWITCHES,
+        "self.keep(values[0].value - values[1].value, kind, names)",
+        "self.keep(values[0].value, kind, names)",
+        some("analysis/test_geometry.py", "kinds_of_boundaries"),
+    ),
+    "thresholds that ignore the deviation of the batch": Mutant(
+        JITTER,
+        "return normalizer.mean - lift(normalizer.bias) / (inverse * lift(unit))",
+        "return normalizer.mean - lift(normalizer.bias) / lift(unit)",
+        some("analysis/test_geometry.py", "test_jitter"),
+    ),
+    "a law without the size of the population": Mutant(
+        JITTER,
+        "share = (len(x) - batch_size) / (len(x) - 1) / batch_size",
+        "share = 1 / batch_size",
+        some("analysis/test_geometry.py", "no_jitter_with_all_samples"),
+    ),
+    "a law of positions as if they were samples": Mutant(
+        JITTER,
+        "    gap = each.mean - whole.mean[None]",
+        "    gap = jnp.sqrt(each.var + jnp.square(each.mean - whole.mean[None]))",
+        some("analysis/test_geometry.py", "law_of_jitter"),
+    ),
+    "a law without its skewness": Mutant(
+        JITTER,
+        "linear = one * e + f_d[None] * d",
+        "linear = one * e - f_d[None] * d",
+        some("analysis/test_geometry.py", "law_of_jitter"),
+    ),
+    "the class itself among the others": Mutant(
+        MARGINS,
+        "usable = (jnp.arange(len(f)) != own) & (lengths > 0)",
+        "usable = jnp.arange(len(f)) != own",
+        some("analysis/test_geometry.py", "test_margins"),
+    ),
+    "the wrong half of a bisection": Mutant(
+        MARGINS,
+        "return jnp.where(is_inside, middle, low), jnp.where(is_inside, high, middle)",
+        "return jnp.where(is_inside, low, middle), jnp.where(is_inside, middle, high)",
+        some("analysis/test_geometry.py", "test_margins"),
+    ),
+    "means behind norms that divide": Mutant(
+        SMART,
+        "return Moments(seen.count, seen.mean, jnp.ones_like(seen.var))",
+        "return seen",
+        some("analysis/test_geometry.py", "test_smart_init"),
     ),
     "disturbance in batches without the sample": Mutant(
         WHITENESS,

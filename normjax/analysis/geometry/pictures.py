@@ -109,8 +109,7 @@ def plot_jitter(
       path: where to save the figure; the suffix says the format.
 
     Raises:
-      TypeError, ValueError: as `jitter` and `distances`, and for samples that are no points of a
-        plane, and labels of another number.
+      TypeError, ValueError: as `jitter` and `distances`, and for samples that are not [N, 2].
 
     Example:
       >>> import jax, flax.linen as nn, normjax.linen
@@ -131,8 +130,8 @@ def plot_jitter(
     found = [_values(network, grid, size, draws, key) for size in batch_sizes]
     columns = [*found[0][1]]
     figure = Figure((3.2 * len(columns), 3.2 * len(found)), dpi=150, layout="constrained")
-    how = dict(squeeze=False, sharex=True, sharey=True)
-    panels = figure.subplots(len(found), len(columns), **how)
+    shape = len(found), len(columns)
+    panels = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True)
     for row, batch_size, of_size in zip(panels, batch_sizes, found, strict=True):
         for axes, name in zip(row, columns, strict=True):
             _draw(axes, grid, *(of_panels[name] for of_panels in of_size))
