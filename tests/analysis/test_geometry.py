@@ -200,8 +200,7 @@ def test_margins(front):
             assert (at.argmax() == predicted[i]) == same
 
 
-@pytest.mark.parametrize("upstream", [False, True])
-@pytest.mark.parametrize("front", ["linen", "nnx"])
+@pytest.mark.parametrize(("front", "upstream"), [("linen", False), ("nnx", True)])
 def test_jitter(front, upstream):
     x = draw(2, 300, 3)
     how = dict(batch_size=20, key=jax.random.key(0), batches=50, upstream=upstream)
@@ -251,8 +250,9 @@ def jitter_of(x, ratios, batch_size, batches):
     return geometry.jitter(Plain(), variables, x, **how)["norm"]
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "skewed", "maps"])
-@pytest.mark.parametrize("batch_size", [32, 512])
+@pytest.mark.parametrize(
+    ("kind", "batch_size"), [("gaussian", 512), ("skewed", 32), ("skewed", 512), ("maps", 32)]
+)
 def test_the_law_of_jitter(kind, batch_size):
     rng = np.random.default_rng(0)
     ratios = np.array([0.0, 0.5, 1.5, -1.0])
@@ -298,8 +298,7 @@ def test_jitter_of_the_decision_boundary(front):
     close(found.flips, np.mean(np.asarray(found.margins) < 0, 0), 1e-6)
 
 
-@pytest.mark.parametrize("deviation", [True, False])
-@pytest.mark.parametrize("front", ["linen", "nnx"])
+@pytest.mark.parametrize(("front", "deviation"), [("linen", True), ("linen", False), ("nnx", True)])
 def test_smart_init(front, deviation):
     given = arguments(front, VARIABLES, 2 + X)
     new = geometry.smart_init(*given, deviation=deviation)
@@ -323,6 +322,24 @@ def test_smart_init(front, deviation):
     model, variables = done.model, done.variables
     close(model(2 + X) if front == "nnx" else model.apply(variables, 2 + X), want, 1e-3)
     assert [*done.folded] == ["norm_0", "norm_1"]
+
+
+def test_pictures(tmp_path):
+    x = X[:, :2]
+    variables = random_variables(1, Net(), x)
+    how = dict(key=jax.random.key(0), draws=2, resolution=5, labels=np.arange(40) % 2)
+    path = tmp_path / "jitter.png"
+    figure = geometry.plot_jitter(Net(), variables, x, batch_sizes=[8, 16], path=path, **how)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    panels = "relu_0", "relu_1", "decision"
+    assert titles == [f"{name}, batch {size}" for size in (8, 16) for name in panels]
+    assert path.stat().st_size > 1000
+    groups = {"net": geometry.distances(Net(), variables, x)}
+    figure = geometry.plot_distances(groups, unit=2.0)
+    line, middle = figure.axes[0].lines
+    d = np.sort(np.ravel(groups["net"]["relu_0"])) / 2
+    close(np.asarray(line.get_xdata()), d[np.isfinite(d)], 1e-5)
+    close(np.asarray(middle.get_xdata()), np.median(d, keepdims=True), 1e-5)
 
 
 class Affine(nn.Module):
@@ -380,6 +397,13 @@ BAD = [
         ValueError,
         lambda: geometry.margins(*linen(nn.Dense(1))),
         r"shape \(40, 1\)",
+    ),
+    ("no layers", ValueError, lambda: geometry.plot_distances({}), "layers are"),
+    (
+        "no plane",
+        ValueError,
+        lambda: geometry.plot_jitter(Net(), VARIABLES, X, batch_sizes=[4], **KEY),
+        r"samples of shape \(40, 3\)",
     ),
     ("kernel", ValueError, lambda: geometry.tls_fit(jnp.ones((4, 2)), X), r"\(4, 2\)"),
     ("nothing to set", ValueError, lambda: geometry.smart_init(*linen(Affine())), "no norm"),
