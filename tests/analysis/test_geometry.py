@@ -143,6 +143,31 @@ def test_the_foot_point():
     assert 0.2 < np.mean(found["relu_1"].exact) < 1 and found["relu_0"].exact.all()
 
 
+@pytest.mark.parametrize("slope", [0.9999, 0.5, 0.0])
+def test_a_foot_point_behind_another_boundary(slope):
+    class Bent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.relu(nn.leaky_relu(x, slope) + 1)
+
+    first, second = geometry.nearest(Bent(), {}, jnp.array([[1.0], [-0.5]])).values()
+    assert first.exact.all()
+    close(second.distance[0], 2.0, 1e-6)
+    assert second.exact.tolist() == [False, slope > 0]
+
+
+def test_pools_may_switch_before_the_foot_point():
+    class Pooled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            pooled = nn.max_pool(x[..., None], (2,))[..., 0]
+            return nn.relu(pooled - jnp.array([[1.0]]))
+
+    (found,) = geometry.nearest(Pooled(), {}, jnp.array([[3.0, 2.0], [3.0, 0.5]])).values()
+    close(found.distance, np.array([2.0, 2.0]), 1e-6)
+    assert found.exact.tolist() == [False, True]
+
+
 def test_kinds_of_boundaries():
     def model(x):
         x = nn.leaky_relu(x - 1) + nn.hard_tanh(x) + jnp.maximum(2 * x, x - 3)

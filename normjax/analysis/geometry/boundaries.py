@@ -245,7 +245,7 @@ def _nearest(values, x):
         left = jnp.sum(jnp.abs(at[name]) * chosen[name], tuple(range(1, d.ndim)))
         scale = jnp.max(jnp.abs(u[name]).reshape(len(d), -1), 1)
         zero = left <= 1e-3 * jnp.abs(gap) + 100 * jnp.finfo(d.dtype).eps * scale
-        exact = (length > 0) & zero & jnp.all(jnp.stack([zero, *same]), 0)
+        exact = jnp.all(jnp.stack([length > 0, zero, *same]), 0)
         nearest[name] = Nearest(jnp.min(flat, 1), unit, exact)
         earlier.append(name)
     return nearest

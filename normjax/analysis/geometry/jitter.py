@@ -14,6 +14,7 @@ from normjax import modules
 from normjax.analysis.geometry.margins import require_logits, to_others
 from normjax.analysis.geometry.networks import Network
 from normjax.core import checks
+from normjax.core.method import replace
 from normjax.core.statistics import Moments, merge
 from normjax.core.structs import AffineParams
 from normjax.methods.batch import BatchNorm
@@ -119,7 +120,8 @@ def require_norms(caller: str, network: Network) -> dict[Any, BatchNorm]:
     """The methods of the batch norms of a network by path; ValueError if it has none."""
     given = () if isinstance(network.model, nnx.Module) else (network.variables,)
     every = modules.norms(network.model, *given, *network.args, **network.kwargs)
-    found = {path: m for path, m in every.items() if isinstance(m, BatchNorm)}
+    whole = dict(axis_name=None, axis_index_groups=None)  # batches are drawn here
+    found = {path: replace(m, **whole) for path, m in every.items() if isinstance(m, BatchNorm)}
     if not found:
         raise ValueError(
             f"{caller}: {type(network.model).__name__} has no BatchNorm of normjax: without, its "
@@ -132,7 +134,7 @@ def _jitter(network, norms, how, variables, x, key):
     batch_size, batches, upstream = how
     order = lambda key: jax.random.permutation(key, len(x))[:batch_size]
     chosen = lax.map(order, jax.random.split(key, batches))
-    choose = lambda path, method: method if path in norms else None
+    choose = lambda path, method: norms.get(path)
     evaluating, training = (
         observer(network.model, network.call, train=train, choose=choose) for train in (False, True)
     )
