@@ -1019,8 +1019,8 @@ OF_ANALYSIS = {
     ),
     "the class itself among the others": Mutant(
         MARGINS,
-        "usable = (jnp.arange(len(f)) != own) & (lengths > 0)",
-        "usable = jnp.arange(len(f)) != own",
+        "return jnp.where(usable, gaps / lengths, jnp.inf)",
+        "return jnp.where(usable, gaps / lengths, 0)",
         some("analysis/test_geometry.py", "test_margins"),
     ),
     "the wrong half of a bisection": Mutant(

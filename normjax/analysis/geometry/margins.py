@@ -109,7 +109,7 @@ def to_others(logits: Callable[[jax.Array], jax.Array], x: jax.Array, own: Any) 
     f, slopes = logits(x), jax.jacrev(logits)(x).reshape(-1, x.size)
     gaps, slopes = f[own] - f, slopes[own][None] - slopes
     lengths = jnp.sqrt(jnp.sum(jnp.square(slopes), 1))
-    usable = (jnp.arange(len(f)) != own) & (lengths > 0)
+    usable = lengths > 0
     lengths = jnp.where(usable, lengths, 1)
     return jnp.where(usable, gaps / lengths, jnp.inf), slopes / lengths[:, None]
 
