@@ -1961,9 +1961,15 @@ OF_INTEROP = {
 OF_REGIONS = {
     "boundaries on both sides": Mutant(
         REGIONS["cells"],
-        "clip(cells, -values, ~labels)",
-        "clip(cells, -values, labels)",
+        "np.where(across > 0, labels, ~labels)",
+        "np.where(across > -np.inf, labels, ~labels)",
         some("analysis/test_regions.py", "boundary_is_there_once"),
+    ),
+    "boundaries named by the number of their functions": Mutant(
+        REGIONS["cells"],
+        "names = _on_side(labels[rows[cut]], gap[cut])",
+        "names = labels[rows[cut]] if one < other else ~labels[rows[cut]]",
+        some("analysis/test_regions.py", "every_kind"),
     ),
     "edge that leaves a half-plane keeps its label": Mutant(
         REGIONS["cells"],
@@ -1985,8 +1991,8 @@ OF_REGIONS = {
     ),
     "parts of a cell beside those of others": Mutant(
         REGIONS["cells"],
-        "return join(list(sides)), np.tile(",
-        "return join(list(sides)), np.repeat(",
+        "return join(sides), np.tile(",
+        "return join(sides), np.repeat(",
         some("analysis/test_regions.py", "tile_the_window"),
     ),
     "values of the first cells in every batch": Mutant(

@@ -47,6 +47,11 @@ def check(regions, f):
     maps = np.einsum("r...c,rc->r...", regions.maps, ends)
     assert np.abs(maps - values[0]).max() < 1e-12 * scale
     np.testing.assert_array_equal(regions.locate(regions.plane.points(a)), np.arange(len(a)))
+    # Every edge is the frame's, or a boundary between two regions.
+    length = lambda ends: np.linalg.norm(ends[:, 0] - ends[:, 1], axis=1).sum()
+    around = sum(length(np.stack([p, np.roll(p, -1, 0)], 1)) for p in regions.polygons)
+    frame = 2 * np.sum(np.diff(regions.window, axis=1))
+    np.testing.assert_allclose(around, frame + 2 * length(regions.boundaries().ends), rtol=1e-9)
 
 
 def filled(model, x):
@@ -126,6 +131,7 @@ FUNCTIONS = {
     "sign": lambda x: jnp.sign(x) * (x @ M) + (x > 0.5),
     "max": lambda x: jnp.stack([(M @ x).max(), (M @ x + 1).min(), x.max()]),
     "relu then max": lambda x: nn.max_pool(jax.nn.relu(M @ x)[:, None], (3,), (1,), "SAME")[:, 0],
+    "equal to a third": lambda x: jnp.stack([0 * x, x, -x]).max(0),
     "moved": lambda x: jnp.concatenate(
         [x[::-1], jnp.pad(x, (1, 2)), x[np.array([2, 0])], x.reshape(2, 2).T.ravel(), np.ones(2)]
     ),
@@ -179,6 +185,19 @@ def test_lines_in_general_position(n):
     values = np.einsum("sed,ds->se", lines.ends, kernel[:, lines.unit]) + bias[lines.unit][:, None]
     assert np.abs(values).max() < 1e-8
     assert not lines.layer.any()
+
+
+def test_lines_that_meet_or_coincide():
+    kernels = [np.random.default_rng(n).integers(-1, 2, (n, 6)).astype(float) for n in (2, 6)]
+
+    def f(x):
+        x = jax.nn.relu(x @ kernels[0])
+        x = abs(x @ kernels[1])
+        return jnp.stack([x.max(), jnp.maximum(x[0], x[1]), x.min() - x[2]])
+
+    regions = geometry.regions_2d(f, window=((-1, 2), (-1, 1)))
+    assert regions.count > 8
+    check(regions, f)
 
 
 def test_batch_norm_without_bias_centres_the_lines_of_a_layer():
@@ -240,9 +259,14 @@ def test_a_segment_meets_the_regions_of_its_plane():
     points = (1 - middles) * corners[0] + middles * corners[1]
     met = regions.locate(PLANE.points(points))
     assert len(set(met)) == pieces.count
-    changes = set(zip(pieces.layer.tolist(), pieces.unit.tolist(), strict=True))
     lines = regions.boundaries()
-    assert changes <= set(zip(lines.layer.tolist(), lines.unit.tolist(), strict=True))
+    changes = (1 - pieces.breaks[:, None]) * corners[0] + pieces.breaks[:, None] * corners[1]
+    start, length = lines.ends[:, 0], np.diff(lines.ends, axis=1)[:, 0]
+    for point, *change in zip(changes, pieces.layer, pieces.unit, strict=True):
+        along = np.einsum("sd,sd->s", point - start, length) / np.square(length).sum(1)
+        feet = start + np.clip(along, 0, 1)[:, None] * length
+        nearest = np.linalg.norm(point - feet, axis=1).argmin()
+        assert [lines.layer[nearest], lines.unit[nearest]] == change
 
 
 def test_decision_boundary():

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+DIRECTION = np.array([1.0, 0.6180339887498949])  # that no line is parallel to, but by chance
 FRAME = np.iinfo(np.int64).min  # the label of an edge of the whole
 
 
@@ -15,8 +16,8 @@ class Cells(NamedTuple):
     """Intervals or polygons, whose vertices go round; those beyond `count` repeat the last one.
 
     The label of the edge that begins at a vertex, or of the end of an interval, is the number of
-    the unit whose zero lies there, or that number inverted on the side where another unit's part is
-    the larger one: each piece of a zero line has its number on one side alone.
+    the unit that changes there; on one side of the edge it is inverted, so that the edges with a
+    number that is not negative are each boundary once.
     """
 
     vertices: np.ndarray  # [cells, vertices, coordinates]
@@ -145,8 +146,15 @@ def _by_sign(cells, functions, tolerance, labels):
     """Cells divided by the zero line of a function, and what each is a part of."""
     values = cells.values(functions)[:, :, 0]
     values = np.where(np.abs(values) <= tolerance, 0, values)
-    sides = clip(cells, values, labels), clip(cells, -values, ~labels)
-    return join(list(sides)), np.tile(np.arange(len(labels)), 2)
+    line = functions[:, :, 0]
+    sides = [clip(cells, sign * values, _on_side(labels, sign * line)) for sign in (1, -1)]
+    return join(sides), np.tile(np.arange(len(labels)), 2)
+
+
+def _on_side(labels, lines):
+    """Labels of edges of cells where affine functions are positive: one side's are inverted."""
+    across = lines[:, :-1] @ DIRECTION[: lines.shape[1] - 1]
+    return np.where(across > 0, labels, ~labels)
 
 
 def _contest(values, tolerance):
@@ -166,8 +174,8 @@ def _by_winner(cells, functions, tolerance, labels):
             values = np.where(np.abs(values) <= tolerance[rows], 0, values)
             more, less = (values > 0).any(1), (values < 0).any(1)
             whole, cut = ~less & (more | (one < other)), more & less
-            name = labels[rows[cut]] if one < other else ~labels[rows[cut]]
-            part = join([part.at(whole), clip(part.at(cut), values[cut], name)])
+            names = _on_side(labels[rows[cut]], gap[cut])
+            part = join([part.at(whole), clip(part.at(cut), values[cut], names)])
             rows = np.concatenate([rows[whole], rows[cut]])
         found.append((part, rows))
     return join([part for part, _ in found]), np.concatenate([rows for _, rows in found])

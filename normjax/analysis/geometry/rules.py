@@ -86,6 +86,8 @@ def _logical(function):
 def _select(program, eqn, which, *cases):
     if not isinstance(which, Node) and which.ndim == 0:
         return [cases[int(which)]]
+    if not floating(eqn.outvars[0].aval.dtype):
+        raise program.error("select_n", "of values that are not floating is not supported")
     shape = eqn.outvars[0].aval.shape
 
     def choose(which, *cases):
@@ -118,19 +120,30 @@ def _dot(program, eqn, a, b):
     if isinstance(a, Node) and isinstance(b, Node):
         raise program.error("dot_general", "of two values that depend on the input")
     (left, right), (batch, batch_right) = eqn.params["dimension_numbers"]
-    letters = iter("abcdefghijklmnopqrstuvwxABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    x, y = ([next(letters) for _ in v.aval.shape] for v in eqn.invars)
-    for i, j in [*zip(left, right, strict=True), *zip(batch, batch_right, strict=True)]:
-        y[j] = x[i]
-    out = [x[i] for i in batch] + [c for i, c in enumerate(x) if i not in (*left, *batch)]
-    out += [c for j, c in enumerate(y) if j not in (*right, *batch_right)]
-    x, y, out = map("".join, (x, y, out))
-    if isinstance(a, Node):
-        text, node, factor = f"yz{x},{y}->yz{out}", a, b
-    else:
-        text, node, factor = f"yz{y},{x}->yz{out}", b, a
-    run = lambda v: [np.einsum(text, v, factor, optimize=True)]
-    return program.add(run, [node], eqn.outvars[0].aval.shape)
+    first = isinstance(a, Node)
+    if not first:
+        a, b, left, right, batch, batch_right = b, a, right, left, batch_right, batch
+    free = [axis for axis in range(len(a.shape)) if axis not in (*left, *batch)]
+    rest = [axis for axis in range(b.ndim) if axis not in (*right, *batch_right)]
+    # Matrices for each element of the batch: [free, summed] of the node, [summed, rest].
+    matrices = b.transpose(*batch_right, *right, *rest)
+    sizes = [[n.shape[axis] for axis in axes] for n, axes in ((a, batch), (a, free), (b, rest))]
+    many, rows, columns = map(math.prod, sizes)
+    matrices = matrices.reshape(many, -1, columns)
+    order = [0, 1, *(2 + axis for axis in (*batch, *free, *left))]
+    shape = eqn.outvars[0].aval.shape
+
+    def run(x):
+        cells = x.shape[:2]
+        x = x.transpose(order).reshape(*cells, many, rows, -1)
+        if many == 1:
+            y = x.reshape(-1, x.shape[-1]) @ matrices[0]
+        else:
+            y = x @ matrices
+        y = y.reshape(*cells, many, rows, columns)
+        return [(y if first else y.swapaxes(3, 4)).reshape(*cells, *shape)]
+
+    return program.add(run, [a], shape)
 
 
 def _windows(numbers, sizes, strides, padding, base_dilation, window_dilation):
@@ -156,25 +169,29 @@ def _conv(program, eqn, a, b):
     params, groups = eqn.params, eqn.params["feature_group_count"]
     if isinstance(b, Node) or params["batch_group_count"] != 1:
         raise program.error("conv_general_dilated", "of two values that depend on the input")
-    left, right, out = params["dimension_numbers"]
-    kernel = np.transpose(b, right)  # outputs, inputs of a group, *sizes
-    sizes = kernel.shape[2:]
+    left, right, out = (
+        (n, *rest, c) for n, c, *rest in params["dimension_numbers"]
+    )  # last: channels
+    kernel = np.moveaxis(np.transpose(b, right), 0, -1)  # *sizes, inputs of a group, outputs
+    *sizes, width, outputs = kernel.shape
     spacing = (params[key] for key in ("window_strides", "padding", "lhs_dilation", "rhs_dilation"))
-    numbers = np.arange(math.prod(a.shape)).reshape(a.shape).transpose(left)
-    places = _windows(numbers, sizes, *spacing)  # batch, inputs, *positions, *sizes
-    batch, positions = len(places), places.shape[2 : 2 + len(sizes)]
-    places = places.reshape(batch, groups, -1, math.prod(positions), math.prod(sizes))
-    places = places.transpose(1, 0, 3, 2, 4).reshape(groups, batch * math.prod(positions), -1)
-    kernel = kernel.reshape(groups, len(kernel) // groups, -1).swapaxes(1, 2)
-    shape = eqn.outvars[0].aval.shape
+    shape = [a.shape[axis] for axis in left[:-1]]
+    places = _windows(np.arange(math.prod(shape)).reshape(shape), sizes, *spacing)
+    shape, places = places.shape[: len(shape)], places.reshape(-1, math.prod(sizes))
+    kernel = kernel.reshape(-1, groups, outputs // groups).swapaxes(0, 1)
+    order = [0, 1, *(2 + axis for axis in left)]
+    back = [0, 1, *(2 + np.argsort(out))]
 
     def run(x):
-        y = np.take(_flat(x), places, axis=2) @ kernel  # groups, batch and positions, outputs
-        y = y.reshape(*x.shape[:2], groups, batch, math.prod(positions), -1)
-        y = y.transpose(0, 1, 3, 2, 5, 4).reshape(*x.shape[:2], batch, -1, *positions)
-        return [y.transpose(0, 1, *(2 + np.argsort(out)))]
+        x = x.transpose(order).reshape(*x.shape[:2], -1, groups * width)
+        x = np.concatenate([x, np.zeros_like(x[:, :, :1])], axis=2)  # at -1, the padding
+        x = np.take(x, places, axis=2)
+        x = x.reshape(*x.shape[:-1], groups, width).transpose(0, 1, 4, 2, 3, 5)
+        y = x.reshape(*x.shape[:4], -1) @ kernel
+        return [y.swapaxes(2, 3).reshape(*y.shape[:2], *shape, outputs).transpose(back)]
 
-    return program.add(run, [a], shape, size=places.size)
+    size = places.size * groups * width
+    return program.add(run, [a], eqn.outvars[0].aval.shape, size=size)
 
 
 def _pool(eqn, a):

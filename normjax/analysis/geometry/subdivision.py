@@ -7,7 +7,7 @@ import numpy as np
 from normjax.analysis.geometry.cells import Cells, decide, divide, join
 from normjax.analysis.geometry.program import Branch, Program
 
-BYTES = 2**24  # about what the values take of the cells that a step runs on
+BYTES = 2**25  # about what the values take of the cells that a step runs on
 
 
 def subdivide(

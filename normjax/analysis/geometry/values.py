@@ -55,10 +55,33 @@ def constant(value: Any) -> Any:
 
 def compute(eqn: Any, inputs: list[Any]) -> list[Any]:
     """The results of a step of a traced program for constants, in float64."""
+    plain = PLAIN.get(eqn.primitive.name)
+    if plain is not None and all(isinstance(value, np.ndarray) for value in inputs):
+        return [plain(eqn.params, *inputs)]
     wide = lambda v: np.dtype(float) if isinstance(v, np.dtype) and floating(v) else v
     params = {key: wide(value) for key, value in eqn.params.items()}
     results = eqn.primitive.bind(*map(jnp.asarray, inputs), **params)
     return list(map(constant, results if eqn.primitive.multiple_results else [results]))
+
+
+def _broadcast(params, a):
+    shape = np.ones(len(params["shape"]), int)
+    shape[list(params["broadcast_dimensions"])] = a.shape
+    return np.broadcast_to(a.reshape(shape), params["shape"])
+
+
+# Of frequent steps, for which JAX would compile a program for each shape.
+PLAIN = {
+    "reshape": lambda params, a: a.reshape(params["new_sizes"]),
+    "squeeze": lambda params, a: a.squeeze(params["dimensions"]),
+    "transpose": lambda params, a: a.transpose(params["permutation"]),
+    "broadcast_in_dim": _broadcast,
+    "add": lambda params, a, b: a + b,
+    "sub": lambda params, a, b: a - b,
+    "mul": lambda params, a, b: a * b,
+    "sqrt": lambda params, a: np.sqrt(a),
+    "rsqrt": lambda params, a: 1 / np.sqrt(a),
+}
 
 
 def needed(program: Any, wanted: list[bool]) -> list[tuple[Any, list[bool]]]:
