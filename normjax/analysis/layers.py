@@ -231,17 +231,16 @@ def _run_linen(model, args, kwargs):
 
     def record(call, args, kwargs, context):
         module = context.module
-        called = context.method_name == CALL and module.path not in running  # not by `super()`
-        if called:
-            running.add(module.path)
-            keep(module, INPUT, _inputs(*_alone(module), args, kwargs))
+        if context.method_name != CALL or module.path in running:  # by `super().__call__`
+            return call(*args, **kwargs)
+        running.add(module.path)
+        keep(module, INPUT, _inputs(*_alone(module), args, kwargs))
         y = call(*args, **kwargs)
         root = module.scope.root
         every = _stored(root.variables().get("intermediates", {}), root.path)
         log.update(dict.fromkeys(entry for entry, _ in every))
-        if called:
-            running.remove(module.path)
-            keep(module, CALL, y)
+        keep(module, CALL, y)
+        running.remove(module.path)
         return y
 
     mutable = [*(variables.keys() - {"params"}), "intermediates"]
