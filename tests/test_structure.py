@@ -52,7 +52,7 @@ LAYERS = [
     ["training"],
     ["training.microbatches", "training.checkpoints"],
     ["training.__init__"],
-    ["analysis.layers", "analysis.figures"],
+    ["analysis.layers", "analysis.figures", "analysis.programs"],
     ["analysis"],
     ["analysis.__init__"],
 ]

@@ -2,9 +2,11 @@
 
 from normjax.analysis import (
     balance,
+    depth,
     figures,
     layers,
     noise,
+    programs,
     propagation,
     reconstruction,
     spectra,
@@ -13,9 +15,11 @@ from normjax.analysis import (
 
 __all__ = [
     "balance",
+    "depth",
     "figures",
     "layers",
     "noise",
+    "programs",
     "propagation",
     "reconstruction",
     "spectra",

@@ -36,6 +36,7 @@ class Call(NamedTuple):
 
     path: PathParts
     module: Any  # Linen: with its fields, unbound; NNX: the one of the model
+    variables: Any  # of the module: Linen: its collections; NNX: a tree by name
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -78,9 +79,10 @@ def calls(model: linen.Module | nnx.Module, *args: Any, **kwargs: Any) -> list[C
     every = []
     for path, _, i in sorted((e for e in found if e[1] == INPUT), key=place.__getitem__):
         for inputs, output in _unstacked(found[path, INPUT, i], found[path, CALL, i]):
-            function = functools.partial(inputs.how.run, inputs.variables)
-            args, kwargs = inputs.how.given(inputs.arrays)
-            every.append(Call(path, inputs.how.module, function, args, kwargs, output))
+            how, variables = inputs.how, inputs.how.own(inputs.variables)
+            function = functools.partial(how.run, inputs.variables)
+            args, kwargs = how.given(inputs.arrays)
+            every.append(Call(path, how.module, variables, function, args, kwargs, output))
     return every
 
 
@@ -158,6 +160,7 @@ class _How:
 
     module: Any
     run: Callable[..., Any]  # of variables, args and kwargs
+    own: Callable[[Any], Any]  # variables by name
     given: Callable[[Any], Any]  # makes args and kwargs of their arrays
     shapes: list[tuple[int, ...]]  # of the arrays
 
@@ -174,10 +177,10 @@ class _Inputs:
     how: _How
 
 
-def _inputs(module, run, variables, args, kwargs):
+def _inputs(module, run, own, variables, args, kwargs):
     arrays, given = arrays_of((args, kwargs))
     shapes = [a.shape for a in jax.tree.leaves((arrays, variables))]
-    return _Inputs(arrays, variables, _How(module, run, given, shapes))
+    return _Inputs(arrays, variables, _How(module, run, own, given, shapes))
 
 
 def _unstacked(inputs, output):
@@ -265,7 +268,7 @@ def _alone(module):
         how = dict(rngs=rngs, mutable=mutable, method=call)
         return module.apply(variables, *args, **how, **kwargs)[0]
 
-    return module, run, (variables, dict(scope.rngs))
+    return module, run, operator.itemgetter(0), (variables, dict(scope.rngs))
 
 
 def _counts(drawn):
@@ -297,7 +300,10 @@ class _Site:
 
     def inputs(self, copy, args, kwargs):
         variables = jax.tree.leaves(nnx.state(copy, nnx.Not(nnx.Intermediate)))
-        return _inputs(self.module, self.run, variables, args, kwargs)
+        return _inputs(self.module, self.run, self.own, variables, args, kwargs)
+
+    def own(self, variables):
+        return nnx.to_pure_dict(jax.tree.unflatten(self.tree, variables))
 
     def run(self, variables, *args, **kwargs):
         state = jax.tree.unflatten(self.tree, variables)
