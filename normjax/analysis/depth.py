@@ -157,6 +157,7 @@ def critical_rate(gains: ArrayLike, *, fixed: int = 1) -> np.ndarray:
       >>> [round(rate, 2) for rate in rates]
       [0.12, 0.68, 0.99]
     """
+    gains = _gains("critical_rate", gains)
     length, share = path_lengths(gains, weights="squared", fixed=fixed)
     first, second = share @ length, share @ (length * (length - 1))
     with np.errstate(divide="ignore"):
@@ -251,8 +252,9 @@ def measure(
     checks.require("measure", "probes", probes, checks.positive)
     network = _Network("measure", model, args, kwargs, blocks)
     norms = network.norms(layers.calls(model, *args, **kwargs))
+    rng = _generator(key)
     gains: OrderedDict[str, Gains] = OrderedDict()
-    for i, (block, values) in enumerate(network.walk()):
+    for block, values in network.walk():
         part, start = network.part(block), values[block.fork]
 
         def both(x, block=block, values=values, part=part):
@@ -261,25 +263,24 @@ def measure(
             return inside[block.branch], inside[block.skip]
 
         forward = both(start)
-        changes = [
-            jax.jvp(both, (start,), (jax.random.normal(own, start.shape, start.dtype),))[1]
-            for own in jax.random.split(jax.random.fold_in(key, i), probes)
-        ]
+        draws = rng.standard_normal((probes, *start.shape))
+        changes = [jax.jvp(both, (start,), (jnp.asarray(v, start.dtype),))[1] for v in draws]
         jacobian = jax.tree.map(lambda *a: jnp.stack(a), *changes)
         ratios = _ratio(*forward), _ratio(*jacobian)
         gains[block.name] = Gains(*ratios, block.projection, *norms[block.name])
     return gains
 
 
+def _generator(key):
+    """NumPy's, whose numbers need no program for each shape."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
 def _ratio(branch, skip):
     """Of the roots of mean squares of two arrays."""
-    sizes = []
-    for a in (branch, skip):
-        a = np.asarray(a, float)
-        largest = np.max(np.abs(a))
-        sizes.append(largest * np.linalg.norm(a / (largest or 1)))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.divide(*sizes))
+    one, two = (jnp.max(jnp.abs(a)) for a in (branch, skip))
+    size = lambda a, scale: jnp.linalg.norm(jnp.ravel(a) / jnp.where(scale == 0, 1, scale))
+    return float(one * size(branch, one) / (two * size(skip, two)))
 
 
 class _Network:
@@ -288,6 +289,8 @@ class _Network:
     def __init__(self, caller, model, args, kwargs, patterns):
         self.program = programs.trace(model, *args, **kwargs)
         self.above = _ancestors(self.program)
+        steps = enumerate(self.program.steps)
+        self.made = {number: place for place, step in steps for number in step.outputs}
         found = _outer(self.above, list(_sums(self.program, self.above)))
         if patterns and found:
             within = [_path(self.program, block.place) for block in found]
@@ -307,9 +310,7 @@ class _Network:
 
     def between(self, block):
         """The places of the steps behind the fork of a block, up to its sum."""
-        steps = self.program.steps[: block.place + 1]
-        before = [place for place, step in enumerate(steps) if block.fork in step.outputs]
-        return range(before[0] + 1 if before else 0, block.place + 1)
+        return range(self.made.get(block.fork, -1) + 1, block.place + 1)
 
     def part(self, block):
         """The steps that make the skip and the branch of a block of its fork."""
@@ -510,9 +511,8 @@ def _masks(number, samples, key):
     """Which branches paths take, bool[paths, number]: all, or `samples` of each length."""
     if samples is None:
         return np.array(list(itertools.product([False, True], repeat=number)))
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     lengths = np.repeat(np.arange(number + 1), samples)
-    return rng.permuted(np.arange(number) < lengths[:, None], axis=1)
+    return _generator(key).permuted(np.arange(number) < lengths[:, None], axis=1)
 
 
 def _through(network, free, key):
