@@ -196,7 +196,7 @@ class Gains(NamedTuple):
     jacobian: float  # the same of what a random change of the input of the block becomes
     projection: bool  # whether the skip holds a layer too
     scale: float | None  # mean size of the scales of the last batch norm in the branch
-    over_deviation: float | None  # mean size of these over the deviations of its input
+    over_deviation: float | None  # this over the deviation of its input, by the mean variance
 
 
 class _Block(NamedTuple):
@@ -355,19 +355,18 @@ class _Network:
 
 
 def _scales(call):
-    """Mean size of the scales of a batch norm, and over the deviations of its input, or None."""
+    """Mean size of the scales of a batch norm, and over the deviation of its input, or None."""
     names, leaves, _ = paths.flatten(call.variables)
     own = {name[-1]: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
     own = {name: own[name] for name in ("scale", "var") if name in own}
-    if own.keys() != {"scale", "var"} or own["scale"].shape != own["var"].shape:
+    kinds = {leaf.shape for leaf in own.values()}
+    if own.keys() != {"scale", "var"} or len(kinds) > 1 or not call.args:
         return None
-    x = np.asarray(call.args[0], float)
-    deviation = np.std(x, tuple(range(x.ndim - 1)))
-    if own["scale"].shape != deviation.shape:
+    variance = jnp.var(call.args[0], range(call.args[0].ndim - 1))
+    if own["scale"].shape != variance.shape:
         return None
-    scale = np.abs(own["scale"])
-    with np.errstate(divide="ignore"):
-        return float(np.mean(scale)), float(np.mean(scale / deviation))
+    scale = np.mean(np.abs(own["scale"]))
+    return float(scale), float(scale / jnp.sqrt(jnp.mean(variance)))
 
 
 def _ancestors(program):

@@ -290,6 +290,8 @@ class CallsTest(parameterized.TestCase):
         for call, name in ((calls[2], "b/conv"), (calls[9], "b#2"), (calls[12], "b/drop#2")):
             close(call.output, maps[name], 0)
         self.assertEqual((calls[0].name, calls[2].name), ("__call__", "b/conv"))
+        own = calls[2].variables
+        self.assertEqual((own["params"] if how else own)["kernel"].shape, (3, 3, 3, 3))
         assert all(a is b for a, b in zip(state(), before, strict=True))
         assert how or (calls[3].module is net.b.norm and type(net.b) is BlockNNX)
 
