@@ -4,7 +4,7 @@ Littwin & Wolf 2016, https://arxiv.org/abs/1611.02525. Studies, each with a file
 named are run, or all.
 
 initialization: gains of networks with random weights on handwritten digits: pre-activation
-convolutions, and the paper's dense blocks with one common scale of all batch norms.
+convolutions, and the paper's dense blocks with one common scale of their batch norms.
 
 training: the paper's experiment, a network of dense blocks that separates 50 Gaussians, with batch
 norm, with decay of its scales, and without batch norm; and the same blocks on digits. At some steps
@@ -70,7 +70,8 @@ class Dense(nn.Module):
       classes: number of classes.
       blocks: number of blocks.
       width: units of each.
-      scale: initial scale of all batch norms; None: there are none.
+      scale: initial scale of the batch norms of blocks, that of the first is 1; None: there are
+        none. With one factor on the first too, all activations have it, and gains stay the same.
     """
 
     classes: int
@@ -81,7 +82,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits f32[N, classes] of f32[N, ...]."""
-        x = rectified(x.reshape(len(x), -1), self.width, self.scale)
+        x = rectified(x.reshape(len(x), -1), self.width, None if self.scale is None else 1.0)
         for number in range(self.blocks):
             x = Block(self.scale, name=f"block_{number}")(x)
         return nn.Dense(self.classes, name="head")(x)
@@ -160,7 +161,7 @@ def train(arm: str, seed: int, advance: Any) -> dict[str, Any]:
     """Trains one network and measures it."""
     kind, norms, decay = ARMS[arm]
     x, labels = map(jnp.asarray, gaussians(seed) if kind == "gaussians" else digits())
-    net = Dense(50 if kind == "gaussians" else 10, scale=1.0 if norms else None)
+    net: Any = Dense(50 if kind == "gaussians" else 10, scale=1.0 if norms else None)
     variables = net.init(jax.random.key(seed), x[:2])
     rest = {name: tree for name, tree in variables.items() if name != "params"}
     start, steps = stepper(net, decay)
@@ -216,7 +217,7 @@ def snapshot(net: Any, variables: Any, x: jax.Array, labels: jax.Array, seed: in
     return {
         "loss": float(optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()),
         "first_scale": None if first is None else float(jnp.abs(first).mean()),
-        "weight_norm": float(optax.global_norm(kernels)),
+        "weight_norm": float(np.linalg.norm([jnp.linalg.norm(jnp.ravel(k)) for k in kernels])),
         "relative": lengths(gains),
         "gains": columns(gains),
     }

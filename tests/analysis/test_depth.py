@@ -196,6 +196,7 @@ class Flat(nnx.Module):
 
 def test_jacobian_gains_of_an_nnx_model():
     net, x = Dense(nnx.Rngs(0)), draw(0, 4, 5)
+    net.two.bias[...] = jnp.full(5, 3.0)  # which values have, and no change
     one, two = (np.asarray(layer.kernel[...], float) for layer in (net.one, net.two))
     gates = np.asarray(x, float) @ one > 0
     jacobians = np.einsum("if,bf,fo->bio", one, gates, two)
