@@ -191,7 +191,7 @@ class Flat(nnx.Module):
 
     def __call__(self, x):
         x = x + self.one(x)
-        return x + jax.lax.scan(lambda x, _: (self.inner(x), None), x, length=3)[0]
+        return x + self.one(jax.lax.scan(lambda x, _: (self.inner(x), None), x, length=3)[0])
 
 
 def test_jacobian_gains_of_an_nnx_model():
