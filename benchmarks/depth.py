@@ -269,6 +269,7 @@ def ratio(plain: Any, every: Any, *inputs: Any) -> dict[str, float]:
 
 
 STUDIES = {"initialization": initialization, "training": training, "cost": cost}
+OPTIONS = {"initialization": ("seeds", "images"), "training": ("seeds",), "cost": ()}
 
 
 def history(row: dict[str, Any]) -> dict[int, dict[str, depth.Gains]]:
@@ -327,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in options.studies:
             with Progress(transient=True) as progress:
                 found = STUDIES[name](options, progress)
-            configuration = {"seeds": options.seeds, "images": options.images}
+            configuration = {field: getattr(options, field) for field in OPTIONS[name]}
             head = machine.heading("depth", "flax", "optax", "scikit-learn")
             results = {**head, "study": name, "configuration": configuration, **found}
             machine.write(results, options.output / f"{name}.json", indent=None, allow_nan=False)
@@ -356,7 +357,8 @@ def _options(argv):
     )
     text = f"some of: {'; '.join(STUDIES)} (default: all)"
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=text)
-    parser.add_argument("--seeds", type=whole, default=3)
+    text = "of initialization and training"
+    parser.add_argument("--seeds", type=whole, default=3, help=text)
     parser.add_argument("--images", type=whole, default=256, help="of initialization")
     parser.add_argument("--output", type=Path, default=Path("runs/depth"))
     options = parser.parse_args(argv)
