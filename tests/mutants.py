@@ -63,7 +63,10 @@ FOLDED, FOLDED_ARRAYS, FOLDED_MODELS, FOLDED_PROGRAM = (
 )
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
 INTEROP = "normjax/interop.py"
-BALANCE, WHITENESS = (f"normjax/analysis/{name}.py" for name in ("balance", "whitening"))
+BALANCE, WHITENESS, DEPTH, CALLS, PROGRAMS = (
+    f"normjax/analysis/{name}.py"
+    for name in ("balance", "whitening", "depth", "layers", "programs")
+)
 REGIONS = {
     name: f"normjax/analysis/geometry/{name}.py"
     for name in ("cells", "partition", "planes", "program", "rules", "subdivision")
@@ -1040,6 +1043,102 @@ OF_ANALYSIS = {
         "order = jax.random.uniform(keys[0], (len(x),)).at[followed].set(2)",
         "order = jax.random.uniform(keys[0], (len(x),))",
         some("analysis/test_whitening.py", "over_every_batch"),
+    ),
+    "paths through a branch as often as its gain": Mutant(
+        DEPTH,
+        "odds / (1 + np.where(np.isinf(odds), 0, odds))",
+        "np.minimum(odds, 1)",
+        some("analysis/test_depth.py", "all_paths"),
+    ),
+    "squares of shares that do not sum to one": Mutant(
+        DEPTH,
+        "share /= np.sum(share, -1, keepdims=True)",
+        "share /= 1",
+        some("analysis/test_depth.py", "all_paths"),
+    ),
+    "energies of paths by gains that are not squared": Mutant(
+        DEPTH,
+        "odds = np.square(np.minimum(odds, 1e150))",
+        "odds = np.minimum(odds, 1e150)",
+        some("analysis/test_depth.py", "all_paths"),
+    ),
+    "critical points by second moments in place of factorial ones": Mutant(
+        DEPTH,
+        "share @ (length * (length - 1))",
+        "share @ (length * length)",
+        some("analysis/test_depth.py", "critical_rate"),
+    ),
+    "skips that do not grow": Mutant(
+        DEPTH,
+        "np.sqrt(1 + np.arange(number) * np.square(scale))",
+        "np.sqrt(1 + 0 * np.arange(number) * np.square(scale))",
+        some("analysis/test_depth.py", "saturates"),
+    ),
+    "a branch for the skip": Mutant(
+        DEPTH,
+        "(few, skip), (many, branch) = sorted(",
+        "(few, branch), (many, skip) = sorted(",
+        some("analysis/test_depth.py", "gains_of_blocks"),
+    ),
+    "sums without a layer as blocks": Mutant(
+        DEPTH,
+        "if few <= 1 and few < many:",
+        "if few <= 1:",
+        some("analysis/test_depth.py", "gains_of_blocks"),
+    ),
+    "sums that hold blocks as blocks": Mutant(
+        DEPTH,
+        "return [b for b in found if not any(",
+        "return found if found else [b for b in found if not any(",
+        some("analysis/test_depth.py", "hold_others"),
+    ),
+    "paths of a length not counted": Mutant(
+        DEPTH,
+        "math.comb(len(free), k) *",
+        "1 *",
+        some("analysis/test_depth.py", "energies_of_the_polynomial"),
+    ),
+    "gradients of the sum in place of a path": Mutant(
+        DEPTH,
+        "way + lax.stop_gradient(total - way)",
+        "total",
+        some("analysis/test_depth.py", "energies_of_the_polynomial"),
+    ),
+    "the input of a block in place of the change of its branch": Mutant(
+        DEPTH,
+        "changes = [jax.jvp(both, (start,), (jnp.asarray(v, start.dtype),))[1] for v in draws]",
+        "changes = [both(start) for v in draws]",
+        some("analysis/test_depth.py", "jacobian_gains"),
+    ),
+    "the first batch norm of a block for the last": Mutant(
+        DEPTH,
+        "found |= {block.name: ratios}",
+        "found = {block.name: ratios} | {n: r for n, r in found.items() if r[0]}",
+        some("analysis/test_depth.py", "gains_of_blocks"),
+    ),
+    "a module of Linen alone draws from the beginning": Mutant(
+        CALLS,
+        "module.scope.rng_counters.update(_counts(drawn))",
+        "pass",
+        some("analysis/test_layers.py", "repeat_the_calls"),
+    ),
+    "a module of NNX alone with its first variables": Mutant(
+        CALLS,
+        "jax.tree.leaves(nnx.state(copy, nnx.Not(nnx.Intermediate)))",
+        "jax.tree.leaves(nnx.state(self.module, nnx.Not(nnx.Intermediate)))",
+        some("analysis/test_layers.py", "repeat_the_calls"),
+    ),
+    "a call by super as one more": Mutant(
+        CALLS,
+        "if context.method_name != CALL or module.path in running:",
+        "if context.method_name != CALL:",
+        some("analysis/test_layers.py", "keywords"),
+    ),
+    "a scan is not unrolled": Mutant(
+        PROGRAMS,
+        "with jax.disable_jit():",
+        "with jax.disable_jit(False):",
+        some("analysis/test_depth.py", "blocks_of_scans"),
     ),
 }
 
