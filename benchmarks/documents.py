@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import adversarial, conditional, guarantees, report, rows, scaling, spectral
+from benchmarks import adversarial, conditional, depth, guarantees, report, rows, scaling, spectral
 from benchmarks.compilers import show, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -523,6 +523,9 @@ TABLES: dict[str, Table] = {
         ("conditional/relations.json", "conditional/few-shot.json"), conditional_rows
     ),
     "recipe": Table(("recipe/noisy.json", "recipe/clean.json"), recipe_rows),
+    "depth-initialization": Table(("depth/initialization.json",), depth.cells),
+    "depth-training": Table(("depth/training.json",), depth.cells),
+    "depth-cost": Table(("depth/cost.json",), depth.cells),
     "adversarial": Table(
         ("adversarial/adversarial.json", "adversarial/train/adversarial.json"), adversarial_rows
     ),

@@ -63,11 +63,18 @@ FOLDED, FOLDED_ARRAYS, FOLDED_MODELS, FOLDED_PROGRAM = (
 )
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
 INTEROP = "normjax/interop.py"
-BALANCE, WHITENESS = (f"normjax/analysis/{name}.py" for name in ("balance", "whitening"))
+BALANCE, WHITENESS, DEPTH, CALLS, PROGRAMS = (
+    f"normjax/analysis/{name}.py"
+    for name in ("balance", "whitening", "depth", "layers", "programs")
+)
 REGIONS = {
     name: f"normjax/analysis/geometry/{name}.py"
     for name in ("cells", "partition", "planes", "program", "rules", "subdivision")
 }
+BOUNDARIES, SWITCHES, JITTER, MARGINS, SMART = (
+    f"normjax/analysis/geometry/{name}.py"
+    for name in ("boundaries", "switches", "jitter", "margins", "initialization")
+)
 MATRICES, ROOTS = (f"normjax/core/{name}.py" for name in ("matrices", "roots"))
 WHITENING = "normjax/methods/whitening.py"
 KERNEL_NORMS, TRANSLATED = (f"normjax/methods/{name}.py" for name in ("weights", "translated"))
@@ -965,11 +972,173 @@ OF_ANALYSIS = {
         "number = len(varies)",
         some("analysis/test_whitening.py", "do_not_vary"),
     ),
+    "distances not divided by the length of the weights": Mutant(
+        BOUNDARIES,
+        "return jnp.sum(jnp.square(values), 0) / jnp.sum(jnp.square(kernel), 0)",
+        "return jnp.sum(jnp.square(values), 0)",
+        some("analysis/test_geometry.py", "total_least_squares"),
+    ),
+    "the last slope in place of all": Mutant(
+        BOUNDARIES,
+        "s + jnp.square(slope)",
+        "jnp.square(slope)",
+        some("analysis/test_geometry.py", "test_distances"),
+    ),
+    "a foot point in whatever region": Mutant(
+        BOUNDARIES,
+        "earlier.append(name)",
+        "pass",
+        some("analysis/test_geometry.py", "foot_point"),
+    ),
+    "the boundary of maxout at zero": Mutant(
+        SWITCHES,
+        "self.keep(values[0].value - values[1].value, kind, names)",
+        "self.keep(values[0].value, kind, names)",
+        some("analysis/test_geometry.py", "kinds_of_boundaries"),
+    ),
+    "thresholds that ignore the deviation of the batch": Mutant(
+        JITTER,
+        "return normalizer.mean - lift(normalizer.bias) / (inverse * lift(unit))",
+        "return normalizer.mean - lift(normalizer.bias) / lift(unit)",
+        some("analysis/test_geometry.py", "test_jitter"),
+    ),
+    "a law without the size of the population": Mutant(
+        JITTER,
+        "share = (len(x) - batch_size) / (len(x) - 1) / batch_size",
+        "share = 1 / batch_size",
+        some("analysis/test_geometry.py", "no_jitter_with_all_samples"),
+    ),
+    "a law of positions as if they were samples": Mutant(
+        JITTER,
+        "    gap = each.mean - whole.mean[None]",
+        "    gap = jnp.sqrt(each.var + jnp.square(each.mean - whole.mean[None]))",
+        some("analysis/test_geometry.py", "law_of_jitter"),
+    ),
+    "a law without its skewness": Mutant(
+        JITTER,
+        "linear = one * e + f_d[None] * d",
+        "linear = one * e - f_d[None] * d",
+        some("analysis/test_geometry.py", "law_of_jitter"),
+    ),
+    "the class itself among the others": Mutant(
+        MARGINS,
+        "return jnp.where(usable, gaps / lengths, jnp.inf)",
+        "return jnp.where(usable, gaps / lengths, 0)",
+        some("analysis/test_geometry.py", "test_margins"),
+    ),
+    "the wrong half of a bisection": Mutant(
+        MARGINS,
+        "return jnp.where(is_inside, middle, low), jnp.where(is_inside, high, middle)",
+        "return jnp.where(is_inside, low, middle), jnp.where(is_inside, middle, high)",
+        some("analysis/test_geometry.py", "test_margins"),
+    ),
+    "means behind norms that divide": Mutant(
+        SMART,
+        "return Moments(seen.count, seen.mean, jnp.ones_like(seen.var))",
+        "return seen",
+        some("analysis/test_geometry.py", "test_smart_init"),
+    ),
     "disturbance in batches without the sample": Mutant(
         WHITENESS,
         "order = jax.random.uniform(keys[0], (len(x),)).at[followed].set(2)",
         "order = jax.random.uniform(keys[0], (len(x),))",
         some("analysis/test_whitening.py", "over_every_batch"),
+    ),
+    "paths through a branch as often as its gain": Mutant(
+        DEPTH,
+        "odds / (1 + np.where(np.isinf(odds), 0, odds))",
+        "np.minimum(odds, 1)",
+        some("analysis/test_depth.py", "all_paths"),
+    ),
+    "squares of shares that do not sum to one": Mutant(
+        DEPTH,
+        "share /= np.sum(share, -1, keepdims=True)",
+        "share /= 1",
+        some("analysis/test_depth.py", "all_paths"),
+    ),
+    "energies of paths by gains that are not squared": Mutant(
+        DEPTH,
+        "odds = np.square(np.minimum(odds, 1e150))",
+        "odds = np.minimum(odds, 1e150)",
+        some("analysis/test_depth.py", "all_paths"),
+    ),
+    "critical points by second moments in place of factorial ones": Mutant(
+        DEPTH,
+        "share @ (length * (length - 1))",
+        "share @ (length * length)",
+        some("analysis/test_depth.py", "critical_rate"),
+    ),
+    "skips that do not grow": Mutant(
+        DEPTH,
+        "np.sqrt(1 + np.arange(number) * np.square(scale))",
+        "np.sqrt(1 + 0 * np.arange(number) * np.square(scale))",
+        some("analysis/test_depth.py", "saturates"),
+    ),
+    "a branch for the skip": Mutant(
+        DEPTH,
+        "(few, skip), (many, branch) = sorted(",
+        "(few, branch), (many, skip) = sorted(",
+        some("analysis/test_depth.py", "gains_of_blocks"),
+    ),
+    "sums without a layer as blocks": Mutant(
+        DEPTH,
+        "if few <= 1 and few < many:",
+        "if few <= 1:",
+        some("analysis/test_depth.py", "gains_of_blocks"),
+    ),
+    "sums that hold blocks as blocks": Mutant(
+        DEPTH,
+        "return [b for b in found if not any(",
+        "return found if found else [b for b in found if not any(",
+        some("analysis/test_depth.py", "hold_others"),
+    ),
+    "paths of a length not counted": Mutant(
+        DEPTH,
+        "math.comb(len(free), k) *",
+        "1 *",
+        some("analysis/test_depth.py", "energies_of_the_polynomial"),
+    ),
+    "gradients of the sum in place of a path": Mutant(
+        DEPTH,
+        "way + lax.stop_gradient(total - way)",
+        "total",
+        some("analysis/test_depth.py", "energies_of_the_polynomial"),
+    ),
+    "the input of a block in place of the change of its branch": Mutant(
+        DEPTH,
+        "changes = [jax.jvp(both, (start,), (jnp.asarray(v, start.dtype),))[1] for v in draws]",
+        "changes = [both(start) for v in draws]",
+        some("analysis/test_depth.py", "jacobian_gains"),
+    ),
+    "the first batch norm of a block for the last": Mutant(
+        DEPTH,
+        "found |= {block.name: ratios}",
+        "found = {block.name: ratios} | {n: r for n, r in found.items() if r[0]}",
+        some("analysis/test_depth.py", "gains_of_blocks"),
+    ),
+    "a module of Linen alone draws from the beginning": Mutant(
+        CALLS,
+        "module.scope.rng_counters.update(_counts(drawn))",
+        "pass",
+        some("analysis/test_layers.py", "repeat_the_calls"),
+    ),
+    "a module of NNX alone with its first variables": Mutant(
+        CALLS,
+        "jax.tree.leaves(nnx.state(copy, nnx.Not(nnx.Intermediate)))",
+        "jax.tree.leaves(nnx.state(self.module, nnx.Not(nnx.Intermediate)))",
+        some("analysis/test_layers.py", "repeat_the_calls"),
+    ),
+    "a call by super as one more": Mutant(
+        CALLS,
+        "if context.method_name != CALL or module.path in running:",
+        "if context.method_name != CALL:",
+        some("analysis/test_layers.py", "keywords"),
+    ),
+    "a scan is not unrolled": Mutant(
+        PROGRAMS,
+        "with jax.disable_jit():",
+        "with jax.disable_jit(False):",
+        some("analysis/test_depth.py", "blocks_of_scans"),
     ),
 }
 
