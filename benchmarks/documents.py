@@ -35,7 +35,7 @@ SUMMARY = (
         guarantees.kept_layer_norm,
     ),
 )
-PACKAGES = ("jax", "flax", "libtpu", "jax-cuda12-plugin")
+PACKAGES = ("jax", "flax", "libtpu", "jax-cuda12-plugin", "relucent")
 COMPILED = ("H100", "v5p", "v6e", "v5e")
 GHOST_SIZES = (2, 4, 8, 16, 32, 64)
 SAMPLE_NORMS = {"residual": "GroupNorm(num_groups=1, ", "mlp": "LayerNorm("}
@@ -138,6 +138,17 @@ def segment_rows(results):
         )
         shape = "x".join(map(str, row["shape"]))
         yield row["method"], shape, row["dtype"], f"{row['plain_ms']:.2f}", *times
+
+
+def region_rows(results):
+    """Regions and times of networks, and those of the peer where it ran."""
+    yield "network", "regions", "seconds", "regions a second", "relucent"
+    for row in results["rows"]:
+        peer = row.get("relucent")
+        rate = lambda found: f"{found['regions'] / found['seconds']:,.0f}"
+        text = "" if peer is None else f"{rate(peer)} ({peer['regions']:,} regions)"
+        count = f"{row['regions']:,}"
+        yield row["network"], count, f"{row['seconds']:.2f}", rate(row), text
 
 
 def medians(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
@@ -477,6 +488,7 @@ TABLES: dict[str, Table] = {
         ),
     ),
     "segments": Table(("segments/segments.json",), segment_rows),
+    "regions": Table(("regions/regions.json",), region_rows),
     "rows": Table(("rows/rows.json",), rows.cells),
     "scaling-devices": Table(("scaling/devices.json",), device_rows),
     "scaling-pods": Table(("scaling/pods.json",), functools.partial(scaling.cells, "pods")),

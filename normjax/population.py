@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 from flax.typing import PathParts
 from jax import lax
@@ -133,6 +134,10 @@ def _repeatable(batches: Any, layerwise: bool) -> Callable[[], Any]:
     """A function that returns an iterator over the batches."""
     if callable(batches):
         return batches
+    if isinstance(batches, jax.Array | np.ndarray | Mapping):
+        raise TypeError(
+            f"recalibrate: batches is a single batch, {type(batches).__name__}: put it in a list."
+        )
     if layerwise and isinstance(batches, Iterator):
         raise ValueError(
             f"recalibrate: layerwise=True goes through the batches several times, but batches is "

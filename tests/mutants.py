@@ -67,6 +67,14 @@ BALANCE, WHITENESS, DEPTH, CALLS, PROGRAMS = (
     f"normjax/analysis/{name}.py"
     for name in ("balance", "whitening", "depth", "layers", "programs")
 )
+REGIONS = {
+    name: f"normjax/analysis/geometry/{name}.py"
+    for name in ("cells", "partition", "planes", "program", "rules", "subdivision")
+}
+BOUNDARIES, SWITCHES, JITTER, MARGINS, SMART = (
+    f"normjax/analysis/geometry/{name}.py"
+    for name in ("boundaries", "switches", "jitter", "margins", "initialization")
+)
 MATRICES, ROOTS = (f"normjax/core/{name}.py" for name in ("matrices", "roots"))
 WHITENING = "normjax/methods/whitening.py"
 KERNEL_NORMS, TRANSLATED = (f"normjax/methods/{name}.py" for name in ("weights", "translated"))
@@ -963,6 +971,72 @@ OF_ANALYSIS = {
         "number = jnp.sum(varies)",
         "number = len(varies)",
         some("analysis/test_whitening.py", "do_not_vary"),
+    ),
+    "distances not divided by the length of the weights": Mutant(
+        BOUNDARIES,
+        "return jnp.sum(jnp.square(values), 0) / jnp.sum(jnp.square(kernel), 0)",
+        "return jnp.sum(jnp.square(values), 0)",
+        some("analysis/test_geometry.py", "total_least_squares"),
+    ),
+    "the last slope in place of all": Mutant(
+        BOUNDARIES,
+        "s + jnp.square(slope)",
+        "jnp.square(slope)",
+        some("analysis/test_geometry.py", "test_distances"),
+    ),
+    "a foot point in whatever region": Mutant(
+        BOUNDARIES,
+        "earlier.append(name)",
+        "pass",
+        some("analysis/test_geometry.py", "foot_point"),
+    ),
+    "the boundary of maxout at zero": Mutant(
+        SWITCHES,
+        "self.keep(values[0].value - values[1].value, kind, names)",
+        "self.keep(values[0].value, kind, names)",
+        some("analysis/test_geometry.py", "kinds_of_boundaries"),
+    ),
+    "thresholds that ignore the deviation of the batch": Mutant(
+        JITTER,
+        "return normalizer.mean - lift(normalizer.bias) / (inverse * lift(unit))",
+        "return normalizer.mean - lift(normalizer.bias) / lift(unit)",
+        some("analysis/test_geometry.py", "test_jitter"),
+    ),
+    "a law without the size of the population": Mutant(
+        JITTER,
+        "share = (len(x) - batch_size) / (len(x) - 1) / batch_size",
+        "share = 1 / batch_size",
+        some("analysis/test_geometry.py", "no_jitter_with_all_samples"),
+    ),
+    "a law of positions as if they were samples": Mutant(
+        JITTER,
+        "    gap = each.mean - whole.mean[None]",
+        "    gap = jnp.sqrt(each.var + jnp.square(each.mean - whole.mean[None]))",
+        some("analysis/test_geometry.py", "law_of_jitter"),
+    ),
+    "a law without its skewness": Mutant(
+        JITTER,
+        "linear = one * e + f_d[None] * d",
+        "linear = one * e - f_d[None] * d",
+        some("analysis/test_geometry.py", "law_of_jitter"),
+    ),
+    "the class itself among the others": Mutant(
+        MARGINS,
+        "return jnp.where(usable, gaps / lengths, jnp.inf)",
+        "return jnp.where(usable, gaps / lengths, 0)",
+        some("analysis/test_geometry.py", "test_margins"),
+    ),
+    "the wrong half of a bisection": Mutant(
+        MARGINS,
+        "return jnp.where(is_inside, middle, low), jnp.where(is_inside, high, middle)",
+        "return jnp.where(is_inside, low, middle), jnp.where(is_inside, middle, high)",
+        some("analysis/test_geometry.py", "test_margins"),
+    ),
+    "means behind norms that divide": Mutant(
+        SMART,
+        "return Moments(seen.count, seen.mean, jnp.ones_like(seen.var))",
+        "return seen",
+        some("analysis/test_geometry.py", "test_smart_init"),
     ),
     "disturbance in batches without the sample": Mutant(
         WHITENESS,
@@ -1983,7 +2057,101 @@ OF_INTEROP = {
     ),
 }
 
+OF_REGIONS = {
+    "boundaries on both sides": Mutant(
+        REGIONS["cells"],
+        "np.where(across > 0, labels, ~labels)",
+        "np.where(across > -np.inf, labels, ~labels)",
+        some("analysis/test_regions.py", "boundary_is_there_once"),
+    ),
+    "boundaries named by the number of their functions": Mutant(
+        REGIONS["cells"],
+        "names = _on_side(labels[rows[cut]], gap[cut])",
+        "names = labels[rows[cut]] if one < other else ~labels[rows[cut]]",
+        some("analysis/test_regions.py", "every_kind"),
+    ),
+    "edge that leaves a half-plane keeps its label": Mutant(
+        REGIONS["cells"],
+        "np.where(cut, new, cells.labels)",
+        "np.where(cut, cells.labels, new)",
+        some("analysis/test_regions.py", "boundary_is_there_once or meets"),
+    ),
+    "equal values have no largest": Mutant(
+        REGIONS["cells"],
+        "~less & (more | (one < other))",
+        "~less & more",
+        some("analysis/test_regions.py", "every_kind"),
+    ),
+    "a window settled by its largest value anywhere": Mutant(
+        REGIONS["cells"],
+        "ahead.all(1).any(-1)",
+        "ahead.any(1).any(-1)",
+        some("analysis/test_regions.py", "every_kind"),
+    ),
+    "parts of a cell beside those of others": Mutant(
+        REGIONS["cells"],
+        "return join(sides), np.tile(",
+        "return join(sides), np.repeat(",
+        some("analysis/test_regions.py", "tile_the_window"),
+    ),
+    "values of the first cells in every batch": Mutant(
+        REGIONS["subdivision"],
+        "decide(part, functions[rows])",
+        "decide(part, functions[: len(rows)])",
+        some("analysis/test_regions.py", "in_batches"),
+    ),
+    "maps relative to the middle of the window": Mutant(
+        REGIONS["partition"],
+        "outputs[:, 2] - slopes @ _middles(window)",
+        "outputs[:, 2]",
+        some("analysis/test_regions.py", "tile_the_window"),
+    ),
+    "the changes of a segment from one side": Mutant(
+        REGIONS["partition"],
+        "np.maximum(cells.labels[1:, 0], ~cells.labels[1:, 0])",
+        "np.abs(cells.labels[1:, 0])",
+        some("analysis/test_regions.py", "meets_the_regions"),
+    ),
+    "a sample outside on one side": Mutant(
+        REGIONS["partition"],
+        "off = np.abs(points - _middles(regions.window)) >",
+        "off = _middles(regions.window) - points >",
+        some("analysis/test_regions.py", "bad_input"),
+    ),
+    "a sample off the plane": Mutant(
+        REGIONS["planes"],
+        "if off.any() and not project:",
+        "if off.all() and not project and len(off) > 1:",
+        some("analysis/test_regions.py", "bad_input"),
+    ),
+    "a minimum for a maximum": Mutant(
+        REGIONS["rules"],
+        "return np.where(more, y, x)",
+        "return np.where(more, x, y)",
+        some("analysis/test_regions.py", "every_kind"),
+    ),
+    "outputs of a convolution in the order of its numbers": Mutant(
+        REGIONS["rules"],
+        "np.argsort(out))",
+        "np.array(out))",
+        some("analysis/test_regions.py", "every_kind"),
+    ),
+    "results of a reversed scan reversed": Mutant(
+        REGIONS["program"],
+        "for i in sorted(rows)]",
+        "for i in rows]",
+        some("analysis/test_regions.py", "every_kind"),
+    ),
+    "a case for a value that is not its number": Mutant(
+        REGIONS["rules"],
+        "np.where(which == i, case, result)",
+        "np.where(which != i, case, result)",
+        some("analysis/test_regions.py", "every_kind"),
+    ),
+}
+
 MUTANTS = {
+    **OF_REGIONS,
     **OF_KERNELS,
     **OF_ANALYSIS,
     **OF_POPULATIONS,

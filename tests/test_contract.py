@@ -9,6 +9,7 @@ from normjax.testing import CHECKS, has_check
 LONG = ("all devices",)
 ALSO_LONG_IN_TIER_2 = (
     "numbers",
+    "derivatives",  # of the same passes as the first line of the method
     "second derivatives",
     "transforms",
     "devices",

@@ -399,6 +399,24 @@ def test_transformed_layers(in_front):
     assert done.variables["params"]["both"]["layer"]["bias"].shape == (3, 2, 4)
 
 
+@pytest.mark.parametrize("again", (False, True))
+def test_what_remat_of_nnx_returns_as_it_was_is_no_use(again):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(3, 3, rngs=rngs)
+            self.norm = nnx_norms.BatchNorm(3, rngs=rngs, use_running_average=True)
+
+        def __call__(self, x):
+            y = nnx.remat(lambda model, x: model.norm(model.layer(x)))(self, x)
+            return y @ self.layer.kernel[...] if again else y
+
+    done = folding.fold(randomized(Net(nnx.Rngs(0))), draw(0, 2, 3))
+    if again:
+        assert done.folded == {} and "something else uses the kernel" in done.kept["norm"]
+    else:
+        assert done.folded == {"norm": ("layer",)} and done.relative <= TOLERANCE
+
+
 def test_layers_of_one_jit_are_not_folded():
     class Body(nn.Module):
         @nn.compact

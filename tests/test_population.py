@@ -379,6 +379,9 @@ def test_arguments_of_a_wrong_type_are_errors():
         population.recalibrate(normjax.linen.BatchNorm(), [])
     with pytest.raises(TypeError, match="not a module of flax"):
         population.recalibrate(nj.BatchNorm(), [])
+    for batch in (np.ones((4, 3)), jnp.ones((4, 3)), {"x": jnp.ones((4, 3))}):
+        with pytest.raises(TypeError, match="a single batch"):
+            population.recalibrate(norm, batch)
 
 
 def mixture(states, weights):

@@ -52,7 +52,16 @@ LAYERS = [
     ["training"],
     ["training.microbatches", "training.checkpoints"],
     ["training.__init__"],
-    ["analysis.layers", "analysis.figures", "analysis.programs"],
+    ["analysis.layers", "analysis.figures", "analysis.programs", "analysis.geometry.values"],
+    ["analysis.geometry.rules", "analysis.geometry.cells", "analysis.geometry.planes"],
+    ["analysis.geometry.program"],
+    ["analysis.geometry.subdivision"],
+    ["analysis.geometry.partition"],
+    ["analysis.geometry.networks", "analysis.geometry.switches"],
+    ["analysis.geometry.margins"],
+    ["analysis.geometry"],
+    ["analysis.geometry.pictures"],
+    ["analysis.geometry.__init__"],
     ["analysis"],
     ["analysis.__init__"],
 ]
@@ -195,7 +204,8 @@ def public_modules():
     """The package, its front ends and tools; of `propagate` and the like the package alone."""
     names = [module_name(path, PACKAGE).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")]
     hidden = re.compile(
-        r"normjax\.(core|methods|paths|kernels|(folding|propagate|testing|training)\.)"
+        r"normjax\.(core|methods|paths|kernels"
+        r"|(folding|propagate|testing|training|analysis\.geometry)\.)"
     )
     return sorted(name for name in names if not hidden.match(name))
 

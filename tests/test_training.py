@@ -400,6 +400,33 @@ def test_collections_that_grow_are_refused(parts):
     step(state._replace(statistics={}), X)
 
 
+def test_a_loss_function_takes_what_is_sown():
+    def loss(model, batch, train):
+        y, sown = model(batch, mutable="losses")
+        return training.Loss(jnp.square(y).mean(-1), penalty=3 * sown["losses"]["size"][0])
+
+    model, free = Layers(sows=True), Layers()
+    state = started(free)
+    step = training.make_train_step(model, optax.sgd(1.0), loss)
+    opt_state = optax.sgd(1.0).init(state.params)
+
+    def wanted(params):
+        hidden = nn.relu(X @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None])
+        y = free.apply({"params": params}, X)
+        return jnp.square(y).mean() + 3 * hidden.mean()
+
+    slopes = jax.grad(wanted)(state.params)
+    after = jax.tree.map(jnp.subtract, state.params, slopes)
+    moved, _ = step(state._replace(opt_state=opt_state), X)
+    chex.assert_trees_all_close(moved.params, after, rtol=1e-5, atol=1e-6)
+    evaluate = training.make_eval_step(model, loss)
+    assert evaluate(moved, X).weight == len(X)
+    with pytest.raises(ValueError, match="the state has"):
+        evaluate(started(model), X)
+    with pytest.raises(ValueError, match="accumulate: mutable='losses'"):
+        training.accumulate(model, loss, 2)(moved, X)
+
+
 ROOM = functools.partial(jax.make_mesh, (2, 2), ("data", "model"))
 BOTH = {"Dense_0/kernel": P(None, ("data", "model"))}
 

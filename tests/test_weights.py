@@ -84,7 +84,13 @@ def test_weights_that_are_integers_repeat_rows(name):
 
 
 @pytest.mark.parametrize("train_", (True, False))
-@pytest.mark.parametrize("shape", ((8, 1, 1), (8, 6, 1), SHAPE, SHAPE[1:]))
+@pytest.mark.parametrize(
+    "shape",
+    (
+        SHAPE,
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((8, 1, 1), (8, 6, 1), SHAPE[1:])),
+    ),
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_of_zero_and_one_are_a_mask(name, shape, train_):
     method, _ = METHODS[name]

@@ -222,13 +222,20 @@ def _inside(eqn) -> Iterator[Any]:
                 yield each
 
 
-def _uses(program):
-    """How often each variable of a program is used in it, and in programs inside."""
+def _uses(program, results=()):
+    """How often each variable of a program is used in it, and in programs inside.
+
+    `results` are the uses of what it returns, as `nnx.remat` returns all variables of a module.
+    """
     counts = collections.Counter()
-    for eqn in program.eqns:
+    for v, times in zip(program.outvars, results, strict=False):
+        if not hasattr(v, "val"):
+            counts[v] += times
+    for eqn in reversed(program.eqns):
         inner = list(_inside(eqn))
         for part in inner:
-            own = _uses(part) + collections.Counter(v for v in part.outvars if v in part.invars)
+            known = [counts[v] for v in eqn.outvars]
+            own = _uses(part, known if len(known) == len(part.outvars) else [1] * len(part.outvars))
             for v, a in zip(reversed(eqn.invars), reversed(part.invars), strict=False):
                 if not hasattr(v, "val"):
                     counts[v] += own[a]

@@ -133,7 +133,16 @@ def _gradient(model, loss, how, state, batch, device=None):
 def _loss_of_part(loss, device, model, batch):
     """The loss of a training step, as an observer calls it."""
     if not isinstance(model, nnx.Module):
-        return loss(model, batch, True)
+
+        def call(*args, mutable=None, **kwargs):
+            if mutable is not None:
+                raise ValueError(
+                    f"accumulate: mutable={mutable!r}: what a model sows is not to be had in parts "
+                    "of a batch. Return what the loss needs from the model."
+                )
+            return model(*args, **kwargs)
+
+        return loss(call, batch, True)
     model.train()
     restore = own_streams(model, device)
     found = loss(model, batch, True)

@@ -154,20 +154,25 @@ def stream_keys(key: jax.Array, streams: tuple[str, ...], device: Device) -> dic
 def _open_linen(model, streams, params, statistics, key, train, device):
     calls, now = 0, statistics
 
-    def call(*args, **kwargs):
+    def call(*args, mutable=None, **kwargs):
         nonlocal calls, now
+        names = () if mutable is None else several(mutable)
+        if known := set(names) & now.keys():
+            raise ValueError(
+                f"the model of a loss function: mutable={mutable!r}, but the state has {known}: "
+                "take what is sown out of its statistics, from which it would be carried on."
+            )
         rngs = {}
         if train and key is not None:
             rngs = stream_keys(jax.random.fold_in(key, calls), streams, device)
         calls += 1
-        how = dict(rngs=rngs, mutable=list(now) if train else False)
-        found = model.apply({"params": params, **now}, *args, **how, **kwargs)
-        if not train:
-            return found
-        y, new = found
-        require_fixed(now, new)
-        now = {**now, **new}
-        return y
+        how = dict(rngs=rngs, mutable=[*names, *(now if train else ())])
+        y, new = model.apply({"params": params, **now}, *args, **how, **kwargs)
+        sown = {name: new.pop(name) for name in names if name in new}
+        if train:
+            require_fixed(now, new)
+            now = {**now, **new}
+        return y if mutable is None else (y, sown)
 
     return call, lambda: now
 

@@ -222,7 +222,9 @@ def make_train_step(
       optimizer: of optax.
       loss: `loss(model, batch, train)` returns a `Loss`. Its `model` is called as the module is, as
         often as needed: Linen's holds its variables and random streams, NNX's is in training mode
-        (`model.train()`). `train` is True here, and False in `make_eval_step`.
+        (`model.train()`). `train` is True here, and False in `make_eval_step`. What is
+        sown, such as a loss of a layer, Linen's returns by `y, sown = model(x, mutable="losses")`
+        (not under `accumulate`), and NNX's gives by `nnx.pop(model, nnx.Intermediate)`.
       mode: how several devices share the work, see `normjax.training.steps`.
       mesh: for "shard_map".
       axis: name of the axis of samples in "shard_map" and "pmap"; in "shard_map" also several.
