@@ -262,11 +262,10 @@ def measure(
             programs.run(part, inside)
             return inside[block.branch], inside[block.skip]
 
-        forward = both(start)
         draws = rng.standard_normal((probes, *start.shape))
         changes = [jax.jvp(both, (start,), (jnp.asarray(v, start.dtype),))[1] for v in draws]
         jacobian = jax.tree.map(lambda *a: jnp.stack(a), *changes)
-        ratios = _ratio(*forward), _ratio(*jacobian)
+        ratios = _ratio(values[block.branch], values[block.skip]), _ratio(*jacobian)
         gains[block.name] = Gains(*ratios, block.projection, *norms[block.name])
     return gains
 
