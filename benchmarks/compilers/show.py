@@ -39,12 +39,12 @@ def failures(results: dict[str, Any], sections: Sequence[str]) -> list[str]:
 def tables(results: dict[str, Any], sections: Sequence[str]) -> None:
     """Prints the tables of some sections, and what did not compile."""
     console = Console(width=None if sys.stdout.isatty() else 200)
-    shows = {"layers": _layers, "networks": _networks, "memory": _networks, "pods": _pods}
+    shows = {"layers": _layers, "pods": _pods}
     for section in sections:
         for topology, found in results.items():
             rows = [row for row in found.get(section, {"rows": ()})["rows"] if "note" not in row]
             if rows:
-                console.print(shows[section](topology, rows))
+                console.print(shows.get(section, _networks)(topology, rows))
     for line in failures(results, sections):
         console.print(escape(line), style="red")
 
