@@ -19,9 +19,7 @@ and is not done again; samples are those of an arm's first run that does not fai
 """
 
 import argparse
-import json
 import math
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +33,7 @@ from PIL import Image
 from scipy import stats
 from threadpoolctl import threadpool_limits
 
-from benchmarks import data, generative, machine, methods, report
+from benchmarks import data, generative, machine, methods, report, resumable
 from benchmarks.options import rate, whole
 from normjax.analysis import figures, reconstruction
 
@@ -249,16 +247,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     fields = (*DATA, *TRAINING, *MEASURING)
     configuration = {name: getattr(options, name) for name in fields} | {"arms": arms}
     file = options.output / "gan.json"
-    results: dict[str, Any] = {"configuration": configuration, "data": about}
-    if file.exists():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if any(stored.get(part) != results[part] for part in results):
-            raise ValueError(f"{file} is of another command; another --output keeps it")
-        results = stored
-    else:
-        heading = machine.heading("gan", "flax", "optax", "scikit-learn")
-        results = {**heading, **results, "rows": []}
-    done = {(row["arm"], row["seed"]) for row in results["rows"]}
+    about = {"configuration": configuration, "data": about}
+    results = resumable.results(file, about, "gan", "flax", "optax", "scikit-learn")
+    done = {(row["arm"], row["seed"]) for row in results.setdefault("rows", [])}
     missing = [(arm, s) for arm in arms for s in range(options.seeds) if (arm, s) not in done]
     if not missing:
         return results
@@ -353,10 +344,6 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
 
 def show(results: dict[str, Any]) -> None:
     """Prints the table."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     about = results["judge"]
     caption = (
         "Means over the runs that did not fail ± half of the 95 % interval. Error of the best "
@@ -364,13 +351,7 @@ def show(results: dict[str, Any]) -> None:
         f"{about['test_distance']:.2f}; accuracy of the classifier: "
         f"{100 * about['classifier_accuracy']:.1f} %."
     )
-    table = Table(caption=caption, caption_justify="left")
-    head, *lines = cells(results)
-    for name in head:
-        table.add_column(name)
-    for line in lines:
-        table.add_row(*map(escape, line))
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    report.print_cells(cells(results), caption=caption)
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
@@ -409,27 +390,19 @@ def plot_search(results: dict[str, Any], file: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Makes what is not stored yet, writes files and prints a table.
-
-    Returns 0, or 2 after one line about bad input, or 130 after an interruption.
-    """
+    """Makes what is not stored yet, writes files and prints a table."""
     argv = sys.argv[1:] if argv is None else argv
     options = _options(argv)
-    try:
+
+    def work():
         with threadpool_limits(1, user_api="blas"):
             results = run(options)
         plot(results, options.output / "training.png")
         plot_search(results, options.output / "search.png")
         show(results)
-    except (ValueError, OSError) as error:
-        print("gan:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        command = shlex.join(["python", "-m", "benchmarks.gan", *argv])
-        print(f"interrupted; what is done is stored; continue with: {command}", file=sys.stderr)
-        return 130
-    print(f"Written to {options.output}/")
-    return 0
+        print(f"Written to {options.output}/")
+
+    return resumable.command("gan", argv, work)
 
 
 def _options(argv):

@@ -127,9 +127,6 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, measures, prints the table and writes `operator_norms.json`."""
-    from rich.console import Console
-    from rich.table import Table
-
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.operator_norms", description=__doc__
     )
@@ -140,11 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = rows(options.seeds, options.epochs)
     results = {**machine.heading("operator_norms", "flax", "scikit-learn"), "rows": found}
     machine.write(results, options.output / "operator_norms.json", indent=None)
-    head, *lines = cells(results)
-    table = Table(*head)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 170).print(table)
+    report.print_cells(cells(results))
     return 0
 
 
