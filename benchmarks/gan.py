@@ -368,7 +368,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     if rows:
         figure = figures.plot(rows, "step", list(MEASURES.values()), by="arm")
         figure.set_size_inches(12, 4)
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=100)
 
 
 def plot_search(results: dict[str, Any], file: Path) -> None:
@@ -386,7 +386,7 @@ def plot_search(results: dict[str, Any], file: Path) -> None:
         rows += [{"step": step, "arm": "best linear code", "error": floor} for step in ends]
         figure = figures.plot(rows, "step", ["error"], by="arm")
         figure.set_size_inches(7, 4)
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=100)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -110,14 +110,14 @@ def _networks(topology, rows):
     return table
 
 
-def over_flax(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def over_flax(rows: Sequence[dict[str, Any]], digits: int = 2) -> list[dict[str, str]]:
     """Figures of networks, over those of the network with the norms of Flax.
 
     Empty where one of the two is not known.
     """
     known = [{"moved": moved(row), **row} for row in rows]
     base = {row["network"]: row for row in known if row["norms"] == "flax"}
-    ratio = lambda a, b: f"{a / b:.2f}" if a and b else ""
+    ratio = lambda a, b: f"{a / b:.{digits}f}" if a and b else ""
     names = ("moved", "temporaries", "kernels", "seconds", "kept", "products")
     return [
         {n: ratio(row.get(n), base.get(row["network"], {}).get(n)) for n in names} for row in known

@@ -54,7 +54,7 @@ def plot(
         axes.set_xlabel(x)
         axes.tick_params("x", rotation=90 if isinstance(rows[0][x], str) else 0)
         axes.grid(alpha=0.3, linewidth=0.5)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, handlelength=3.5)
     return figure
 
 
