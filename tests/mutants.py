@@ -63,9 +63,9 @@ FOLDED, FOLDED_ARRAYS, FOLDED_MODELS, FOLDED_PROGRAM = (
 )
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
 INTEROP = "normjax/interop.py"
-BALANCE, WHITENESS, DEPTH, CALLS, PROGRAMS = (
+BALANCE, WHITENESS, RECONSTRUCTION, DEPTH, CALLS, PROGRAMS = (
     f"normjax/analysis/{name}.py"
-    for name in ("balance", "whitening", "depth", "layers", "programs")
+    for name in ("balance", "whitening", "reconstruction", "depth", "layers", "programs")
 )
 REGIONS = {
     name: f"normjax/analysis/geometry/{name}.py"
@@ -1857,6 +1857,129 @@ OF_KERNELS = {
         "passes.inputs(self, a, None)[0]",
         contract("WeightNormalizedAddition-masks"),
     ),
+    "epsilon of the norm in its square": Mutant(
+        KERNEL_NORMS,
+        'if self.epsilon_place == "square":',
+        'if self.epsilon_place != "":',
+        some("methods/test_weights.py", "recorded or oracle"),
+    ),
+    "norm of zeros without a derivative": Mutant(
+        KERNEL_NORMS,
+        "jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)",
+        "jnp.sqrt(square)",
+        some("methods/test_weights.py", "zeros_are_harmless"),
+    ),
+    "rows times their norm": Mutant(
+        KERNEL_NORMS,
+        "return wide * (scale / _norm(self, wide, rows.along))",
+        "return wide * (scale * _norm(self, wide, rows.along))",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "standardized rows not centred": Mutant(
+        KERNEL_NORMS,
+        "centred = wide - _total(method, wide, rows.along) / length",
+        "centred = wide",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "scaled rows as long as their number": Mutant(
+        KERNEL_NORMS,
+        "(self.gamma / math.sqrt(_length(self, rows)))",
+        "self.gamma",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "kernels over the square of their factor": Mutant(
+        KERNEL_NORMS,
+        "return wide / jnp.sqrt(factor(self, rows, wide, found) + self.epsilon)",
+        "return wide / (factor(self, rows, wide, found) + self.epsilon)",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "factor of the rows of one device": Mutant(
+        KERNEL_NORMS,
+        "square = _total(method, side * side, tuple(range(side.ndim))).reshape(())",
+        "square = jnp.sum(side * side)",
+        contract("SpectralWeightNorm-devices"),
+    ),
+    "one step of the power iteration": Mutant(
+        KERNEL_NORMS,
+        "range(self.iterations if train else 0)",
+        "range(1 if train else 0)",
+        some("methods/test_weights.py", "recorded or oracle"),
+    ),
+    "windows of a bound rounded down": Mutant(
+        KERNEL_NORMS,
+        "math.prod(-(-n // stride) for",
+        "math.prod(n // stride for",
+        some("methods/test_weights.py", "factor_of_a_convolution"),
+    ),
+    "the other part of a wave": Mutant(
+        KERNEL_NORMS,
+        "jnp.square(jnp.sum(wide * direction.real))",
+        "jnp.square(jnp.sum(wide * direction.imag))",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "slopes from zero, not from the threshold": Mutant(
+        TRANSLATED,
+        "bias + slope * over)",
+        "slope * over)",
+        some("methods/test_translated.py", "test_oracle"),
+    ),
+    "weights of an addition over their square": Mutant(
+        TRANSLATED,
+        "norm = self.root(jnp.sum(jnp.square(jnp.stack(weights)), 0))",
+        "norm = jnp.sum(jnp.square(jnp.stack(weights)), 0)",
+        some("methods/test_translated.py", "oracle_of_the_addition"),
+    ),
+}
+
+OF_RECONSTRUCTION = {
+    "the last step is kept, not the best": Mutant(
+        RECONSTRUCTION,
+        "smaller = found < best[0]",
+        "smaller = found < jnp.inf",
+        some("analysis/test_reconstruction.py", "best_step"),
+    ),
+    "an error that is not finite is the best": Mutant(
+        RECONSTRUCTION,
+        "smaller = found < best[0]",
+        "smaller = ~(found >= best[0])",
+        some("analysis/test_reconstruction.py", "best_step"),
+    ),
+    "codes after the last step are not tried": Mutant(
+        RECONSTRUCTION,
+        "*better(last, best, code)",
+        "*best",
+        some("analysis/test_reconstruction.py", "best_step"),
+    ),
+    "codes of zero in place of draws": Mutant(
+        RECONSTRUCTION,
+        "    if key is not None:",
+        "    if key is None and latent < 0:",
+        some("analysis/test_reconstruction.py", "linear_generator"),
+    ),
+    "another optimizer of codes": Mutant(
+        RECONSTRUCTION,
+        "decay=0.9, eps=1e-6",
+        "decay=0.99, eps=1e-6",
+        some("analysis/test_reconstruction.py", "first_steps"),
+    ),
+    "inputs of other images": Mutant(
+        RECONSTRUCTION,
+        "inputs = jax.tree.map(lambda a: a[None], inputs)",
+        "inputs = jax.tree.map(lambda a: a[None] * 0, inputs)",
+        some("analysis/test_reconstruction.py", "inputs_and_chunks"),
+    ),
+    "images not centred for their code": Mutant(
+        RECONSTRUCTION,
+        "rest = test - mean",
+        "rest = test",
+        some("analysis/test_reconstruction.py", "principal_components"),
+    ),
+    "a component more": Mutant(
+        RECONSTRUCTION,
+        "full_matrices=False)[2][:latent]",
+        "full_matrices=False)[2][: latent + 1]",
+        some("analysis/test_reconstruction.py", "principal_components"),
+    ),
 }
 
 POPULATION, OBSERVERS, MICROBATCHES = (
@@ -2153,6 +2276,7 @@ OF_REGIONS = {
 MUTANTS = {
     **OF_REGIONS,
     **OF_KERNELS,
+    **OF_RECONSTRUCTION,
     **OF_ANALYSIS,
     **OF_POPULATIONS,
     **OF_FOLDING,
