@@ -11,6 +11,7 @@ from flax.typing import PathParts
 from jax.ad_checkpoint import checkpoint_name
 
 from normjax import modules
+from normjax.core.compat import evaluate
 
 MARK = "normjax.analysis.programs"
 INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
@@ -157,15 +158,10 @@ def _inline(program, marks, jaxpr, consts, numbers):
             results = [_new(program, v.aval) for v in eqn.outvars]
             if kind == "name" and str(eqn.params["name"]).startswith(MARK):
                 marks.append((len(program.steps), str(eqn.params["name"])))
-            bind = functools.partial(_evaluate, eqn.primitive, eqn.params)
+            bind = functools.partial(evaluate, eqn.primitive, eqn.params)
             program.steps.append(Step(kind, bind, tuple(given), tuple(results)))
         at.update(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.outvars]
-
-
-def _evaluate(primitive, params, *operands):
-    results = primitive.bind(*operands, **primitive.get_bind_params(params))
-    return list(results) if primitive.multiple_results else [results]
 
 
 __all__ = ["Program", "Site", "Step", "run", "trace"]

@@ -178,6 +178,13 @@ def factors(primitive: Any, *operands: Any, **params: Any) -> int:
     return 0
 
 
+def evaluate(primitive: Any, params: Any, *operands: Any) -> list[Any]:
+    """The results of a step of a traced program, whose fields are `params`."""
+    known = getattr(primitive, "get_bind_params", dict)  # some primitives take others
+    results = primitive.bind(*operands, **known(params))
+    return list(results) if primitive.multiple_results else [results]
+
+
 try:
     from jax.experimental.layout import Layout, with_layout_constraint
 except ImportError as error:

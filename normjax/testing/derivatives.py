@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from normjax.core.compat import evaluate
 from normjax.testing.measure import EXACT, jit
 from normjax.testing.subject import Subject, fill
 
@@ -85,8 +86,7 @@ def _walk(program, args, visit):
         if eqn.primitive.name == "stop_gradient":
             out = [visit(*given)]
         elif not _stops(eqn):
-            out = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
-            out = out if eqn.primitive.multiple_results else [out]
+            out = evaluate(eqn.primitive, eqn.params, *given)
         elif eqn.primitive.name != "scan" and (names := CALLED & eqn.params.keys()):
             out = _walk(eqn.params[names.pop()], given, visit)
         else:

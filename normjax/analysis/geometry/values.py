@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from normjax.core.compat import evaluate
+
 
 class Node(NamedTuple):
     """A value that depends on the input."""
@@ -60,8 +62,7 @@ def compute(eqn: Any, inputs: list[Any]) -> list[Any]:
         return [plain(eqn.params, *inputs)]
     wide = lambda v: np.dtype(float) if isinstance(v, np.dtype) and floating(v) else v
     params = {key: wide(value) for key, value in eqn.params.items()}
-    results = eqn.primitive.bind(*map(jnp.asarray, inputs), **params)
-    return list(map(constant, results if eqn.primitive.multiple_results else [results]))
+    return list(map(constant, evaluate(eqn.primitive, params, *map(jnp.asarray, inputs))))
 
 
 def _broadcast(params, a):
