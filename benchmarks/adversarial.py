@@ -23,8 +23,6 @@ when its command is given again.
 
 import argparse
 import functools
-import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +35,7 @@ import numpy as np
 from jax import lax
 
 import normjax as nj
-from benchmarks import data, machine, models, report, training
+from benchmarks import data, machine, models, report, resumable, training
 from benchmarks.options import fraction, rate, whole
 from normjax.core.method import traits
 from normjax.linen import Norm
@@ -215,24 +213,15 @@ def accuracies(branches: Branches, attack: Attack) -> Callable[..., dict[str, ja
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains what is not stored yet, writes `adversarial.json` and prints a table.
-
-    Returns 0, or 2 after one line about bad input, or 130 after an interruption.
-    """
+    """Trains what is not stored yet, writes `adversarial.json` and prints a table."""
     argv = sys.argv[1:] if argv is None else argv
     options = _options(argv)
-    try:
-        results = run(options)
-    except (ValueError, OSError) as error:
-        print("adversarial:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        command = shlex.join(["python", "-m", "benchmarks.adversarial", *argv])
-        print(f"interrupted; what is done is stored; continue with: {command}", file=sys.stderr)
-        return 130
-    show(results)
-    print(f"Written to {options.output}/adversarial.json")
-    return 0
+
+    def work():
+        show(run(options))
+        print(f"Written to {options.output}/adversarial.json")
+
+    return resumable.command("adversarial", argv, work)
 
 
 def _options(argv):
@@ -272,7 +261,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     number = len(dataset.train_labels)
     if options.batch_size > number:
         raise ValueError(f"--batch-size {options.batch_size} is above the {number} train images")
-    results = _begun(options, dataset)
+    configuration = {k: v for k, v in vars(options).items() if k != "output"}
+    about = {"configuration": configuration, "data": data.describe(dataset)}
+    file = options.output / "adversarial.json"
+    results = resumable.results(file, about, "adversarial", "flax")
+    results.setdefault("runs", [])
     done = {(row["method"], row["seed"]) for row in results["runs"]}
     inputs = training.put(dataset)
     with Progress(transient=True) as progress:
@@ -284,24 +277,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             tick = lambda: progress.advance(task)
             for row in _train(name, seeds, len(dataset.classes), inputs, options, tick):
                 results["runs"].append(row)
-                machine.write(results, options.output / "adversarial.json", allow_nan=False)
+                machine.write(results, file, allow_nan=False)
     return results
-
-
-def _begun(options, dataset):
-    """The results so far: those that are stored, if they are of this command, or none."""
-    configuration = {k: v for k, v in vars(options).items() if k != "output"}
-    fresh = {"configuration": configuration, "data": data.describe(dataset)}
-    file = options.output / "adversarial.json"
-    if not file.exists():
-        return {**machine.heading("adversarial", "flax"), **fresh, "runs": []}
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        stored = {}
-    if any(stored.get(part) != fresh[part] for part in fresh):
-        raise ValueError(f"{file} is of another command; another --output keeps it")
-    return stored
 
 
 def _train(name, seeds, classes, inputs, options, tick):
@@ -387,20 +364,11 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
 
 def show(results: dict[str, Any]) -> None:
     """Prints the table."""
-    from rich.console import Console
-    from rich.table import Table
-
     how = results["configuration"]
     title = f"Test accuracy, mean of {how['seeds']} seeds ± half of the 95 % Student t interval; "
     title += f"differences in points, paired by seed; attacked: {how['test_steps']} steps within "
     title += f"{how['epsilon']:.4g} on the same branch"
-    table = Table(title=title)
-    head, *lines = cells(results)
-    for place, name in enumerate(head):
-        table.add_column(name, justify="left" if place < 2 else "right")
-    for line in lines:
-        table.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    report.print_cells(cells(results), title=title)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import adversarial, conditional, guarantees, report, rows, scaling, spectral
+from benchmarks import (
+    adversarial,
+    conditional,
+    depth,
+    gan,
+    guarantees,
+    operator_norms,
+    report,
+    rows,
+    scaling,
+    spectral,
+)
 from benchmarks.compilers import show, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -299,6 +310,23 @@ def adversarial_rows(*results):
             yield found["configuration"]["attack_statistics"], *line
 
 
+def gan_rows(*results):
+    """Reconstruction errors and distances of generators."""
+    for place, found in enumerate(results):
+        head, *lines = gan.cells(found)
+        if place == 0:
+            yield "learning rate", "steps", *head
+        how = found["configuration"]
+        for line in lines:
+            yield f"{how['learning_rate']:g}", str(how["steps"]), *line
+    about = results[0]["judge"]  # the same for all, of the data
+    for name, column, value in (
+        ("best linear code", "final error", f"{about['linear_error']:.4f}"),
+        ("test images", "distance", f"{about['test_distance']:.1f}"),
+    ):
+        yield "", "", name, *(value if column == other else "" for other in head[1:])
+
+
 def prediction_rows(results):
     """Errors of predicted variances by layer."""
     names = list(results["accuracy"][0]["errors"])
@@ -348,7 +376,7 @@ def _moved(row, passes):
     return f"{ours} ({theirs})"
 
 
-def network_rows(*names: str):
+def network_rows(*names: str, digits: int = 2):
     """A table of compiled networks: figures `names` over those with the norms of Flax."""
 
     def cells(*results):
@@ -356,7 +384,7 @@ def network_rows(*names: str):
         found = []
         for result in results:
             rows = [row for row in result["rows"] if "note" not in row]
-            ratios = zip(rows, show.over_flax(rows), strict=True)
+            ratios = zip(rows, show.over_flax(rows, digits), strict=True)
             found.append(
                 {
                     (row["network"], row["norms"]): " / ".join(ratio[name] for name in names)
@@ -415,6 +443,7 @@ GHOST_FILES = tuple(
         *("mlp_noise", "mlp_ghosts", "mlp_layer"),
     )
 )
+GAN_FILES = tuple(f"gan/{name}gan.json" for name in ("slow/", "", "fast/", "long/"))
 COMPILED_FILES = tuple(f"compilers/{topology}.json" for topology in COMPILED)
 FLAX, ACCESSED = "{ratio_flax:.2f}", "{normjax_bytes:.1f} ({flax_bytes:.1f})"
 KEPT = "{normjax_kept:.2f} ({flax_kept:.2f})"
@@ -517,12 +546,24 @@ TABLES: dict[str, Table] = {
         source=False,
         section="memory",
     ),
+    "compilers-weights": Table(
+        COMPILED_FILES,
+        network_rows("moved", "temporaries", "kernels", digits=3),
+        source=False,
+        section="weights",
+    ),
     "compilers-pods": Table(("compilers/v5e.json",), pod_rows, section="pods"),
+    "operator-norms": Table(("operator_norms/operator_norms.json",), operator_norms.cells),
+    "gan": Table(GAN_FILES, gan_rows),
+    "gan-conditional": Table(("gan/conditional/gan.json",), gan_rows),
     "balance": Table(("conditional/balance.json",), conditional_rows),
     "conditional": Table(
         ("conditional/relations.json", "conditional/few-shot.json"), conditional_rows
     ),
     "recipe": Table(("recipe/noisy.json", "recipe/clean.json"), recipe_rows),
+    "depth-initialization": Table(("depth/initialization.json",), depth.cells),
+    "depth-training": Table(("depth/training.json",), depth.cells),
+    "depth-cost": Table(("depth/cost.json",), depth.cells),
     "adversarial": Table(
         ("adversarial/adversarial.json", "adversarial/train/adversarial.json"), adversarial_rows
     ),

@@ -14,13 +14,12 @@ trained first. (It compares arms of one run, and is not the FID of other work.)
 
 A run fails if a number is not finite, or if the discriminator's loss and the generator's gradient
 vanish. It ends there, and is counted apart: means are over the others. For a seed, all arms share
-initial weights and batches. What is done is stored, and is not done again.
+initial weights and batches; "less" is less the first arm, paired by seed. What is done is stored,
+and is not done again; samples are those of an arm's first run that does not fail.
 """
 
 import argparse
-import json
 import math
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,11 +33,11 @@ from PIL import Image
 from scipy import stats
 from threadpoolctl import threadpool_limits
 
-from benchmarks import data, generative, machine, methods, report
+from benchmarks import data, generative, machine, methods, report, resumable
 from benchmarks.options import rate, whole
 from normjax.analysis import figures, reconstruction
 
-ARMS = ("none", "BatchNorm(momentum=0.9)", "StrictWeightNorm", "WeightNorm")
+ARMS = ("BatchNorm(momentum=0.9)", "none", "StrictWeightNorm", "WeightNorm")
 CONDITIONAL = (
     "ConditionalBatchNorm(num_classes={0}, momentum=0.9) / none",
     "SandwichBatchNorm(num_classes={0}, momentum=0.9) / none",
@@ -55,7 +54,14 @@ MEASURING = (
     "classifier_steps",
 )
 GRID = 8  # samples along each side of a picture
+GAP = 2  # pixels between them
+SHOWN = 10  # steps of the last search from one point of its curve to the next
 MEASURES = {"error": "reconstruction error", "distance": "distance"}
+VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "early": lambda row: row["error"][0],
+    "final": lambda row: row["final_error"],
+    "distance": lambda row: row["distance"][-1],
+}
 
 
 class Images(NamedTuple):
@@ -208,7 +214,7 @@ def run_seed(
     if failed:
         return row, None
     final = program.final_search(state)
-    row |= {"final_error": float(final.errors.mean()), "curve": numbers(final.curve)}
+    row |= {"final_error": float(final.errors.mean()), "curve": numbers(final.curve[::SHOWN])}
     return row, np.asarray(samples)
 
 
@@ -218,17 +224,16 @@ def numbers(values: Any) -> list[float | None]:
 
 
 def grid(samples: np.ndarray) -> Image.Image:
-    """A picture of the first samples f32[N, H, W, C], in rows of `GRID`."""
-    chosen = samples[: GRID**2]
-    rows = len(chosen) // GRID
-    _, height, width, channels = samples.shape
-    pixels = np.clip((chosen[: rows * GRID] + 1) * 127.5, 0, 255).round().astype(np.uint8)
+    """A picture of the first samples f32[N, H, W, C], in rows of `GRID`, with white gaps."""
+    rows = min(len(samples) // GRID, GRID)
+    scale = max(1, 32 // samples.shape[2])
+    pixels = np.clip((samples[: rows * GRID] + 1) * 127.5, 0, 255).round().astype(np.uint8)
+    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
+    pixels = np.pad(pixels, ((0, 0), (GAP, 0), (GAP, 0), (0, 0)), constant_values=255)
+    _, height, width, channels = pixels.shape
     pixels = pixels.reshape(rows, GRID, height, width, channels).swapaxes(1, 2)
-    pixels = pixels.reshape(rows * height, GRID * width, channels)
-    picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-    scale = max(1, 256 // picture.width)
-    size = picture.width * scale, picture.height * scale
-    return picture.resize(size, Image.Resampling.NEAREST)
+    pixels = pixels.reshape(rows * height, GRID * width, channels)[GAP:, GAP:]
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -242,16 +247,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     fields = (*DATA, *TRAINING, *MEASURING)
     configuration = {name: getattr(options, name) for name in fields} | {"arms": arms}
     file = options.output / "gan.json"
-    results: dict[str, Any] = {"configuration": configuration, "data": about}
-    if file.exists():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if any(stored.get(part) != results[part] for part in results):
-            raise ValueError(f"{file} is of another command; another --output keeps it")
-        results = stored
-    else:
-        heading = machine.heading("gan", "flax", "optax", "scikit-learn")
-        results = {**heading, **results, "rows": []}
-    done = {(row["arm"], row["seed"]) for row in results["rows"]}
+    about = {"configuration": configuration, "data": about}
+    results = resumable.results(file, about, "gan", "flax", "optax", "scikit-learn")
+    done = {(row["arm"], row["seed"]) for row in results.setdefault("rows", [])}
     missing = [(arm, s) for arm in arms for s in range(options.seeds) if (arm, s) not in done]
     if not missing:
         return results
@@ -267,8 +265,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             advance = lambda: progress.advance(task)
             row, samples = run_seed(program, judged, seed, options, advance)
             progress.update(task, completed=(number + 1) * options.parts)
-            if samples is not None:
-                picture = f"samples-{arms.index(arm)}-{seed}.png"
+            shown = any(one["arm"] == arm and "picture" in one for one in results["rows"])
+            if samples is not None and not shown:
+                picture = f"samples-{arms.index(arm)}.png"
                 options.output.mkdir(parents=True, exist_ok=True)
                 grid(samples).save(options.output / picture)
                 row["picture"] = picture
@@ -282,34 +281,25 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
 
     Pairs (mean, half of the 95 % interval or None): the errors "early", after the first part, and
     "final"; "distance"; and "rank", Spearman's correlation of error and distance over the parts of
-    a run. "less" is the final error less that of the first arm, relative to it, paired by the seeds
-    that neither failed. What no run has is None.
+    a run. "early less" and so on are those less the first arm's, relative to them, paired by the
+    seeds that neither failed. What no run has is None.
     """
     by_arm: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(results["rows"], key=lambda row: row["seed"]):
         by_arm.setdefault(row["arm"], []).append(row)
-    ends = {
-        arm: {row["seed"]: row["final_error"] for row in rows if not row["failed"]}
-        for arm, rows in by_arm.items()
-    }
-    first = next(iter(ends))
-    table = []
+    table: list[dict[str, Any]] = []
+    base: dict[str, dict[int, float]] = {}
     for arm, rows in by_arm.items():
         sound = [row for row in rows if not row["failed"]]
-        both = [seed for seed in ends[arm] if seed in ends[first]]
-        less = [ends[arm][seed] / ends[first][seed] - 1 for seed in both]
-        table.append(
-            {
-                "arm": arm,
-                "runs": len(rows),
-                "failed": [row["failed"] for row in rows if row["failed"]],
-                "early": interval([row["error"][0] for row in sound]),
-                "final": interval([row["final_error"] for row in sound]),
-                "less": interval(less) if arm != first else None,
-                "distance": interval([row["distance"][-1] for row in sound]),
-                "rank": interval([_rank(row) for row in sound]),
-            }
-        )
+        found = {name: {row["seed"]: of(row) for row in sound} for name, of in VALUES.items()}
+        failed = [row["failed"] for row in rows if row["failed"]]
+        line = {"arm": arm, "runs": len(rows), "failed": failed}
+        for name, values in found.items():
+            both = [seed for seed in values if seed in base.get(name, ())]
+            less = [values[seed] / base[name][seed] - 1 for seed in both]
+            line |= {name: interval(list(values.values())), f"{name} less": interval(less)}
+        table.append(line | {"rank": interval([_rank(row) for row in sound])})
+        base = base or found
     return table
 
 
@@ -336,12 +326,24 @@ def text(value: tuple[float, float | None] | None, form: str = ".4f", factor: fl
     return f"{factor * mean:{form}} ± {width}"
 
 
+def cells(results: dict[str, Any]) -> list[list[str]]:
+    """The table as text, its head first."""
+    lines = [["arm", "failed"]]
+    for name in ("early error", "final error", "distance"):
+        lines[0] += [name, "less, %"]
+    lines[0].append("rank correlation")
+    for row in summary(results):
+        reasons = "".join(f"; {reason}" for reason in dict.fromkeys(row["failed"]))
+        line = [row["arm"], f"{len(row['failed'])} of {row['runs']}{reasons}"]
+        for name in VALUES:
+            line.append(text(row[name], ".1f" if name == "distance" else ".4f"))
+            line.append(text(row[f"{name} less"], "+.1f", 100))
+        lines.append([*line, text(row["rank"], "+.2f")])
+    return lines
+
+
 def show(results: dict[str, Any]) -> None:
     """Prints the table."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     about = results["judge"]
     caption = (
         "Means over the runs that did not fail ± half of the 95 % interval. Error of the best "
@@ -349,22 +351,7 @@ def show(results: dict[str, Any]) -> None:
         f"{about['test_distance']:.2f}; accuracy of the classifier: "
         f"{100 * about['classifier_accuracy']:.1f} %."
     )
-    table = Table(caption=caption, caption_justify="left")
-    head = "arm;failed;early error;final error;less first arm, %;distance;rank correlation"
-    for name in head.split(";"):
-        table.add_column(name)
-    for row in summary(results):
-        reasons = "".join(f"\n{reason}" for reason in dict.fromkeys(row["failed"]))
-        table.add_row(
-            escape(row["arm"]),
-            f"{len(row['failed'])} of {row['runs']}{reasons}",
-            text(row["early"]),
-            text(row["final"]),
-            text(row["less"], "+.1f", 100),
-            text(row["distance"], ".2f"),
-            text(row["rank"], "+.2f"),
-        )
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    report.print_cells(cells(results), caption=caption)
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
@@ -381,7 +368,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     if rows:
         figure = figures.plot(rows, "step", list(MEASURES.values()), by="arm")
         figure.set_size_inches(12, 4)
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=100)
 
 
 def plot_search(results: dict[str, Any], file: Path) -> None:
@@ -391,38 +378,31 @@ def plot_search(results: dict[str, Any], file: Path) -> None:
         curves = [r["curve"] for r in results["rows"] if r["arm"] == arm and not r["failed"]]
         for step, values in enumerate(zip(*curves, strict=True)):
             known = [a for a in values if a is not None]
-            rows.append({"step": step, "arm": arm, "error": np.mean(known) if known else None})
+            error = np.mean(known) if known else None
+            rows.append({"step": SHOWN * step, "arm": arm, "error": error})
     if rows:
         ends = (0, max(row["step"] for row in rows))
         floor = results["judge"]["linear_error"]
         rows += [{"step": step, "arm": "best linear code", "error": floor} for step in ends]
         figure = figures.plot(rows, "step", ["error"], by="arm")
         figure.set_size_inches(7, 4)
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=100)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Makes what is not stored yet, writes files and prints a table.
-
-    Returns 0, or 2 after one line about bad input, or 130 after an interruption.
-    """
+    """Makes what is not stored yet, writes files and prints a table."""
     argv = sys.argv[1:] if argv is None else argv
     options = _options(argv)
-    try:
+
+    def work():
         with threadpool_limits(1, user_api="blas"):
             results = run(options)
         plot(results, options.output / "training.png")
         plot_search(results, options.output / "search.png")
         show(results)
-    except (ValueError, OSError) as error:
-        print("gan:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        command = shlex.join(["python", "-m", "benchmarks.gan", *argv])
-        print(f"interrupted; what is done is stored; continue with: {command}", file=sys.stderr)
-        return 130
-    print(f"Written to {options.output}/")
-    return 0
+        print(f"Written to {options.output}/")
+
+    return resumable.command("gan", argv, work)
 
 
 def _options(argv):

@@ -1,6 +1,7 @@
 """Table, curves and files of a comparison."""
 
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,15 @@ def paired(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def print_cells(cells: Sequence[Sequence[str]], **how: Any) -> None:
+    """Prints a table of text, its head first; `how` is its title or caption."""
+    head, *lines = cells
+    table = Table(*head, title_justify="left", caption_justify="left", **how)
+    for line in lines:
+        table.add_row(*map(escape, line))
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def show_paired(rows: Sequence[dict[str, Any]], console: Console) -> None:

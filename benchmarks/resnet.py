@@ -40,6 +40,7 @@ class ResNet(nn.Module):
       classes: number of classes.
       dtype: of all else.
       remat: makes a block recompute what it does not keep, as `nn.remat`; None: all is kept.
+      wrap: makes a wrapper for each layer with a kernel, such as `nn.WeightNorm`; None: without.
     """
 
     norm: Callable[..., Callable]
@@ -49,14 +50,17 @@ class ResNet(nn.Module):
     classes: int = 1000
     dtype: Any = jnp.bfloat16
     remat: Callable[[Callable], Callable] | None = None
+    wrap: Callable[[nn.Module], nn.Module] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Logits f32[N, classes] of images [N, H, W, C]."""
 
+        wrap = self.wrap or (lambda layer: layer)
+
         def conv(x, features, size, stride=1):
             kind = {"use_bias": False, "dtype": self.dtype}
-            return nn.Conv(features, (size, size), (stride, stride), **kind)(x)
+            return wrap(nn.Conv(features, (size, size), (stride, stride), **kind))(x)
 
         def norm(x, relu=True, **how):
             if relu and self.inside:
@@ -80,7 +84,7 @@ class ResNet(nn.Module):
                 how = {"inner": inner, "stride": stride, "project": block == 0}
                 one = functools.partial(bottleneck, **how)
                 x = (one if self.remat is None else self.remat(one))(self, x)
-        return nn.Dense(self.classes, dtype=jnp.float32)(x.mean((1, 2)))
+        return wrap(nn.Dense(self.classes, dtype=jnp.float32))(x.mean((1, 2)))
 
 
 def network(arm: str, **how: Any) -> ResNet:
@@ -93,17 +97,17 @@ def network(arm: str, **how: Any) -> ResNet:
 def training_step(model: ResNet) -> Callable:
     """`step(state, images, labels) -> (state, loss)` by SGD with momentum.
 
-    The state is a triple of parameters, running statistics and momenta.
+    The state is a triple of parameters, a dict of all other collections, and momenta.
     """
 
     def step(state, images, labels):
         params, statistics, momenta = state
 
         def loss(params):
-            variables = {"params": params, "batch_stats": statistics}
-            logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            variables = {"params": params, **statistics}
+            logits, new = model.apply(variables, images, train=True, mutable=list(statistics))
             chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)
-            return -chosen.mean(), new["batch_stats"]
+            return -chosen.mean(), new
 
         (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         momenta = jax.tree.map(lambda m, g: 0.9 * m + g, momenta, gradients)
@@ -231,9 +235,9 @@ def _prepare(arm, setting):
 
     @jax.jit
     def initial(key):
-        variables = model.init(key, images[:1], train=False)
-        momenta = jax.tree.map(jnp.zeros_like, variables["params"])
-        return variables["params"], variables["batch_stats"], momenta
+        statistics = dict(model.init(key, images[:1], train=False))
+        params = statistics.pop("params")
+        return params, statistics, jax.tree.map(jnp.zeros_like, params)
 
     state = initial(jax.random.key(2))
     start = time.perf_counter()

@@ -24,9 +24,7 @@ seed. A study that was interrupted goes on from its file.
 
 import argparse
 import functools
-import json
 import math
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from benchmarks import data, machine, models, report, training, whiteness
+from benchmarks import data, machine, models, report, resumable, training, whiteness
 from benchmarks.options import rate, whole
 from benchmarks.whiteness import ALPHAS, BN, decorrelated, iterative, stochastic
 
@@ -218,24 +216,16 @@ STUDIES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Makes what is not stored yet, writes a file for each study and prints a table.
-
-    Returns 0, or 2 after one line about bad input, or 130 after an interruption.
-    """
+    """Makes what is not stored yet, writes a file for each study and prints a table."""
     argv = sys.argv[1:] if argv is None else argv
     options = _options(argv)
-    try:
+
+    def work():
         for name in options.studies:
             show(run(name, options))
-    except (ValueError, OSError) as error:
-        print("whitening:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        command = shlex.join(["python", "-m", "benchmarks.whitening", *argv])
-        print(f"interrupted; what is done is stored; continue with: {command}", file=sys.stderr)
-        return 130
-    print(f"Written to {options.output}/")
-    return 0
+        print(f"Written to {options.output}/")
+
+    return resumable.command("whitening", argv, work)
 
 
 def _options(argv):
@@ -275,14 +265,8 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
     options = argparse.Namespace(**vars(options) | chosen)
     configuration = {field: getattr(options, field) for field in study.options}
-    results: dict[str, Any] = {"study": name, "configuration": configuration}
-    if file.exists():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if any(stored.get(part) != results[part] for part in results):
-            raise ValueError(f"{file} is of another command; another --output keeps it")
-        results = stored
-    else:
-        results = {**machine.heading("whitening", "flax", "scikit-learn"), **results}
+    about = {"study": name, "configuration": configuration}
+    results = resumable.results(file, about, "whitening", "flax", "scikit-learn")
     store = lambda: machine.write(results, file, indent=None, allow_nan=False)
     with threadpool_limits(1, user_api="blas"):  # its threads wait for each other by spinning
         study.run(options, results, store)
@@ -420,17 +404,9 @@ TABLES = {
 
 def show(results: dict[str, Any]) -> None:
     """Prints the table."""
-    from rich.console import Console
-    from rich.table import Table
-
     seeds = results["configuration"]["seeds"]
-    table = Table(title=f"{results['study']}: {seeds} seeds, mean ± half of its 95 % interval")
-    head, *lines = cells(results)
-    for name in head:
-        table.add_column(name)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    title = f"{results['study']}: {seeds} seeds, mean ± half of its 95 % interval"
+    report.print_cells(cells(results), title=title)
 
 
 if __name__ == "__main__":

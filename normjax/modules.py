@@ -11,6 +11,7 @@ from flax.typing import PathParts
 
 import normjax.linen
 import normjax.nnx
+from normjax.paths import arrays_of
 
 __all__ = ["Visit", "intercept", "norms", "visit"]
 
@@ -123,16 +124,8 @@ def norms(model: linen.Module | nnx.Module, *args: Any, **kwargs: Any) -> dict[P
     }
 
 
-def _arrays(tree):
-    """The arrays of a tree by their number, and a function that puts others in their place."""
-    leaves, structure = jax.tree.flatten(tree)
-    arrays = {i: a for i, a in enumerate(leaves) if hasattr(a, "shape") and hasattr(a, "dtype")}
-    given = lambda new: structure.unflatten(new.get(i, leaf) for i, leaf in enumerate(leaves))
-    return arrays, given
-
-
 def _intercept_linen(model, around, variables, args, kwargs):
-    arrays, given = _arrays((args, kwargs))
+    arrays, given = arrays_of((args, kwargs))
 
     def intercepted(call, args, kwargs, context):
         if context.method_name != "__call__":
@@ -146,13 +139,13 @@ def _intercept_linen(model, around, variables, args, kwargs):
         with linen.intercept_methods(intercepted):
             output = model.apply(variables, *args, **kwargs, mutable=mutable)
         output = output if mutable is False else output[0]
-        return list(_arrays(output)[0].values())
+        return list(arrays_of(output)[0].values())
 
     return run, variables, arrays
 
 
 def _intercept_nnx(model, around, args, kwargs):
-    arrays, given = _arrays((args, kwargs))
+    arrays, given = arrays_of((args, kwargs))
     own = dict(nnx.iter_modules(model))
     structure, state = nnx.split(model)
 
@@ -162,7 +155,7 @@ def _intercept_nnx(model, around, args, kwargs):
             object.__setattr__(module, "__class__", _intercepted(type(module)))
             object.__setattr__(module, "_around", functools.partial(around, path, own[path]))
         args, kwargs = given(arrays)
-        return list(_arrays(copy(*args, **kwargs))[0].values())
+        return list(arrays_of(copy(*args, **kwargs))[0].values())
 
     return run, state, arrays
 

@@ -1,7 +1,7 @@
 """Leaves of trees of Flax and optax by name: their paths, and patterns of these."""
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,6 +25,15 @@ def _names(path):
 def is_masked(leaf: Any) -> bool:
     """Whether `leaf` is the placeholder of `optax.masked`."""
     return isinstance(leaf, optax.MaskedNode)
+
+
+def arrays_of(tree: Any) -> tuple[dict[int, Any], Callable[[Mapping[int, Any]], Any]]:
+    """The arrays of a tree by their number, and a function that puts others in their place."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = {i: a for i, a in enumerate(leaves) if hasattr(a, "shape") and hasattr(a, "dtype")}
+    rest = [None if i in arrays else leaf for i, leaf in enumerate(leaves)]
+    given = lambda new: structure.unflatten(new.get(i, leaf) for i, leaf in enumerate(rest))
+    return arrays, given
 
 
 def starts(path: Sequence[str]) -> list[str]:

@@ -63,7 +63,10 @@ FOLDED, FOLDED_ARRAYS, FOLDED_MODELS, FOLDED_PROGRAM = (
 )
 NNX, OPTIM = (f"normjax/{name}.py" for name in ("nnx", "optim"))
 INTEROP = "normjax/interop.py"
-BALANCE, WHITENESS = (f"normjax/analysis/{name}.py" for name in ("balance", "whitening"))
+BALANCE, WHITENESS, RECONSTRUCTION, DEPTH, CALLS, PROGRAMS = (
+    f"normjax/analysis/{name}.py"
+    for name in ("balance", "whitening", "reconstruction", "depth", "layers", "programs")
+)
 REGIONS = {
     name: f"normjax/analysis/geometry/{name}.py"
     for name in ("cells", "partition", "planes", "program", "rules", "subdivision")
@@ -1041,6 +1044,102 @@ OF_ANALYSIS = {
         "order = jax.random.uniform(keys[0], (len(x),))",
         some("analysis/test_whitening.py", "over_every_batch"),
     ),
+    "paths through a branch as often as its gain": Mutant(
+        DEPTH,
+        "odds / (1 + np.where(np.isinf(odds), 0, odds))",
+        "np.minimum(odds, 1)",
+        some("analysis/test_depth.py", "all_paths"),
+    ),
+    "squares of shares that do not sum to one": Mutant(
+        DEPTH,
+        "share /= np.sum(share, -1, keepdims=True)",
+        "share /= 1",
+        some("analysis/test_depth.py", "all_paths"),
+    ),
+    "energies of paths by gains that are not squared": Mutant(
+        DEPTH,
+        "odds = np.square(np.minimum(odds, 1e150))",
+        "odds = np.minimum(odds, 1e150)",
+        some("analysis/test_depth.py", "all_paths"),
+    ),
+    "critical points by second moments in place of factorial ones": Mutant(
+        DEPTH,
+        "share @ (length * (length - 1))",
+        "share @ (length * length)",
+        some("analysis/test_depth.py", "critical_rate"),
+    ),
+    "skips that do not grow": Mutant(
+        DEPTH,
+        "np.sqrt(1 + np.arange(number) * np.square(scale))",
+        "np.sqrt(1 + 0 * np.arange(number) * np.square(scale))",
+        some("analysis/test_depth.py", "saturates"),
+    ),
+    "a branch for the skip": Mutant(
+        DEPTH,
+        "(few, skip), (many, branch) = sorted(",
+        "(few, branch), (many, skip) = sorted(",
+        some("analysis/test_depth.py", "gains_of_blocks"),
+    ),
+    "sums without a layer as blocks": Mutant(
+        DEPTH,
+        "if few <= 1 and few < many:",
+        "if few <= 1:",
+        some("analysis/test_depth.py", "gains_of_blocks"),
+    ),
+    "sums that hold blocks as blocks": Mutant(
+        DEPTH,
+        "return [b for b in found if not any(",
+        "return found if found else [b for b in found if not any(",
+        some("analysis/test_depth.py", "hold_others"),
+    ),
+    "paths of a length not counted": Mutant(
+        DEPTH,
+        "math.comb(len(free), k) *",
+        "1 *",
+        some("analysis/test_depth.py", "energies_of_the_polynomial"),
+    ),
+    "gradients of the sum in place of a path": Mutant(
+        DEPTH,
+        "way + lax.stop_gradient(total - way)",
+        "total",
+        some("analysis/test_depth.py", "energies_of_the_polynomial"),
+    ),
+    "the input of a block in place of the change of its branch": Mutant(
+        DEPTH,
+        "changes = [jax.jvp(both, (start,), (jnp.asarray(v, start.dtype),))[1] for v in draws]",
+        "changes = [both(start) for v in draws]",
+        some("analysis/test_depth.py", "jacobian_gains"),
+    ),
+    "the first batch norm of a block for the last": Mutant(
+        DEPTH,
+        "found |= {block.name: ratios}",
+        "found = {block.name: ratios} | {n: r for n, r in found.items() if r[0]}",
+        some("analysis/test_depth.py", "gains_of_blocks"),
+    ),
+    "a module of Linen alone draws from the beginning": Mutant(
+        CALLS,
+        "module.scope.rng_counters.update(_counts(drawn))",
+        "pass",
+        some("analysis/test_layers.py", "repeat_the_calls"),
+    ),
+    "a module of NNX alone with its first variables": Mutant(
+        CALLS,
+        "jax.tree.leaves(nnx.state(copy, nnx.Not(nnx.Intermediate)))",
+        "jax.tree.leaves(nnx.state(self.module, nnx.Not(nnx.Intermediate)))",
+        some("analysis/test_layers.py", "repeat_the_calls"),
+    ),
+    "a call by super as one more": Mutant(
+        CALLS,
+        "if context.method_name != CALL or module.path in running:",
+        "if context.method_name != CALL:",
+        some("analysis/test_layers.py", "keywords"),
+    ),
+    "a scan is not unrolled": Mutant(
+        PROGRAMS,
+        "with jax.disable_jit():",
+        "with jax.disable_jit(False):",
+        some("analysis/test_depth.py", "blocks_of_scans"),
+    ),
 }
 
 OF_THE_SEAM = {
@@ -1758,6 +1857,129 @@ OF_KERNELS = {
         "passes.inputs(self, a, None)[0]",
         contract("WeightNormalizedAddition-masks"),
     ),
+    "epsilon of the norm in its square": Mutant(
+        KERNEL_NORMS,
+        'if self.epsilon_place == "square":',
+        'if self.epsilon_place != "":',
+        some("methods/test_weights.py", "recorded or oracle"),
+    ),
+    "norm of zeros without a derivative": Mutant(
+        KERNEL_NORMS,
+        "jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)",
+        "jnp.sqrt(square)",
+        some("methods/test_weights.py", "zeros_are_harmless"),
+    ),
+    "rows times their norm": Mutant(
+        KERNEL_NORMS,
+        "return wide * (scale / _norm(self, wide, rows.along))",
+        "return wide * (scale * _norm(self, wide, rows.along))",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "standardized rows not centred": Mutant(
+        KERNEL_NORMS,
+        "centred = wide - _total(method, wide, rows.along) / length",
+        "centred = wide",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "scaled rows as long as their number": Mutant(
+        KERNEL_NORMS,
+        "(self.gamma / math.sqrt(_length(self, rows)))",
+        "self.gamma",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "kernels over the square of their factor": Mutant(
+        KERNEL_NORMS,
+        "return wide / jnp.sqrt(factor(self, rows, wide, found) + self.epsilon)",
+        "return wide / (factor(self, rows, wide, found) + self.epsilon)",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "factor of the rows of one device": Mutant(
+        KERNEL_NORMS,
+        "square = _total(method, side * side, tuple(range(side.ndim))).reshape(())",
+        "square = jnp.sum(side * side)",
+        contract("SpectralWeightNorm-devices"),
+    ),
+    "one step of the power iteration": Mutant(
+        KERNEL_NORMS,
+        "range(self.iterations if train else 0)",
+        "range(1 if train else 0)",
+        some("methods/test_weights.py", "recorded or oracle"),
+    ),
+    "windows of a bound rounded down": Mutant(
+        KERNEL_NORMS,
+        "math.prod(-(-n // stride) for",
+        "math.prod(n // stride for",
+        some("methods/test_weights.py", "factor_of_a_convolution"),
+    ),
+    "the other part of a wave": Mutant(
+        KERNEL_NORMS,
+        "jnp.square(jnp.sum(wide * direction.real))",
+        "jnp.square(jnp.sum(wide * direction.imag))",
+        some("methods/test_weights.py", "test_oracle"),
+    ),
+    "slopes from zero, not from the threshold": Mutant(
+        TRANSLATED,
+        "bias + slope * over)",
+        "slope * over)",
+        some("methods/test_translated.py", "test_oracle"),
+    ),
+    "weights of an addition over their square": Mutant(
+        TRANSLATED,
+        "norm = self.root(jnp.sum(jnp.square(jnp.stack(weights)), 0))",
+        "norm = jnp.sum(jnp.square(jnp.stack(weights)), 0)",
+        some("methods/test_translated.py", "oracle_of_the_addition"),
+    ),
+}
+
+OF_RECONSTRUCTION = {
+    "the last step is kept, not the best": Mutant(
+        RECONSTRUCTION,
+        "smaller = found < best[0]",
+        "smaller = found < jnp.inf",
+        some("analysis/test_reconstruction.py", "best_step"),
+    ),
+    "an error that is not finite is the best": Mutant(
+        RECONSTRUCTION,
+        "smaller = found < best[0]",
+        "smaller = ~(found >= best[0])",
+        some("analysis/test_reconstruction.py", "best_step"),
+    ),
+    "codes after the last step are not tried": Mutant(
+        RECONSTRUCTION,
+        "*better(last, best, code)",
+        "*best",
+        some("analysis/test_reconstruction.py", "best_step"),
+    ),
+    "codes of zero in place of draws": Mutant(
+        RECONSTRUCTION,
+        "    if key is not None:",
+        "    if key is None and latent < 0:",
+        some("analysis/test_reconstruction.py", "linear_generator"),
+    ),
+    "another optimizer of codes": Mutant(
+        RECONSTRUCTION,
+        "decay=0.9, eps=1e-6",
+        "decay=0.99, eps=1e-6",
+        some("analysis/test_reconstruction.py", "first_steps"),
+    ),
+    "inputs of other images": Mutant(
+        RECONSTRUCTION,
+        "inputs = jax.tree.map(lambda a: a[None], inputs)",
+        "inputs = jax.tree.map(lambda a: a[None] * 0, inputs)",
+        some("analysis/test_reconstruction.py", "inputs_and_chunks"),
+    ),
+    "images not centred for their code": Mutant(
+        RECONSTRUCTION,
+        "rest = test - mean",
+        "rest = test",
+        some("analysis/test_reconstruction.py", "principal_components"),
+    ),
+    "a component more": Mutant(
+        RECONSTRUCTION,
+        "full_matrices=False)[2][:latent]",
+        "full_matrices=False)[2][: latent + 1]",
+        some("analysis/test_reconstruction.py", "principal_components"),
+    ),
 }
 
 POPULATION, OBSERVERS, MICROBATCHES = (
@@ -2027,15 +2249,15 @@ OF_REGIONS = {
     ),
     "a minimum for a maximum": Mutant(
         REGIONS["rules"],
-        "lambda more, x, y: np.where(more, y, x))\n\n\ndef _clamp",
-        "lambda more, x, y: np.where(more, x, y))\n\n\ndef _clamp",
+        "return np.where(more, y, x)",
+        "return np.where(more, x, y)",
         some("analysis/test_regions.py", "every_kind"),
     ),
     "outputs of a convolution in the order of its numbers": Mutant(
         REGIONS["rules"],
         "np.argsort(out))",
         "np.array(out))",
-        some("analysis/test_regions.py", "conv"),
+        some("analysis/test_regions.py", "every_kind"),
     ),
     "results of a reversed scan reversed": Mutant(
         REGIONS["program"],
@@ -2054,6 +2276,7 @@ OF_REGIONS = {
 MUTANTS = {
     **OF_REGIONS,
     **OF_KERNELS,
+    **OF_RECONSTRUCTION,
     **OF_ANALYSIS,
     **OF_POPULATIONS,
     **OF_FOLDING,

@@ -52,7 +52,7 @@ LAYERS = [
     ["training"],
     ["training.microbatches", "training.checkpoints"],
     ["training.__init__"],
-    ["analysis.layers", "analysis.figures", "analysis.geometry.values"],
+    ["analysis.layers", "analysis.figures", "analysis.programs", "analysis.geometry.values"],
     ["analysis.geometry.rules", "analysis.geometry.cells", "analysis.geometry.planes"],
     ["analysis.geometry.program"],
     ["analysis.geometry.subdivision"],

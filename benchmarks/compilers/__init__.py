@@ -1,5 +1,5 @@
 """What compilers for TPUs and GPUs make of the norms, without such a device.
 
-`layers`, `networks`, `memory` and `pods` say what is compiled, `targets` for what, `hlo` reads the
-compiled program, `traffic` counts what it moves, and `show` prints and draws the results.
+`layers`, `networks`, `memory`, `weights` and `pods` say what is compiled, `targets` for what, `hlo`
+reads the compiled program, `traffic` counts what it moves, and `show` prints and draws the results.
 """

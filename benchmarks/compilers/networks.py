@@ -96,8 +96,8 @@ def residual(arm: str, batch: int = 64, size: int = 224, **how: Any) -> Step:
     name = "normjax, relu inside" if arm == INSIDE else arm
     model = resnet.network(name, **how)
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.bfloat16)
-    variables = jax.eval_shape(functools.partial(model.init, train=False), key(), images)
-    params, statistics = variables["params"], variables["batch_stats"]
+    statistics = dict(jax.eval_shape(functools.partial(model.init, train=False), key(), images))
+    params = statistics.pop("params")
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     return resnet.training_step(model), ((params, statistics, params), images, labels)
 

@@ -39,12 +39,12 @@ def failures(results: dict[str, Any], sections: Sequence[str]) -> list[str]:
 def tables(results: dict[str, Any], sections: Sequence[str]) -> None:
     """Prints the tables of some sections, and what did not compile."""
     console = Console(width=None if sys.stdout.isatty() else 200)
-    shows = {"layers": _layers, "networks": _networks, "memory": _networks, "pods": _pods}
+    shows = {"layers": _layers, "pods": _pods}
     for section in sections:
         for topology, found in results.items():
             rows = [row for row in found.get(section, {"rows": ()})["rows"] if "note" not in row]
             if rows:
-                console.print(shows[section](topology, rows))
+                console.print(shows.get(section, _networks)(topology, rows))
     for line in failures(results, sections):
         console.print(escape(line), style="red")
 
@@ -110,14 +110,14 @@ def _networks(topology, rows):
     return table
 
 
-def over_flax(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def over_flax(rows: Sequence[dict[str, Any]], digits: int = 2) -> list[dict[str, str]]:
     """Figures of networks, over those of the network with the norms of Flax.
 
     Empty where one of the two is not known.
     """
     known = [{"moved": moved(row), **row} for row in rows]
     base = {row["network"]: row for row in known if row["norms"] == "flax"}
-    ratio = lambda a, b: f"{a / b:.2f}" if a and b else ""
+    ratio = lambda a, b: f"{a / b:.{digits}f}" if a and b else ""
     names = ("moved", "temporaries", "kernels", "seconds", "kept", "products")
     return [
         {n: ratio(row.get(n), base.get(row["network"], {}).get(n)) for n in names} for row in known

@@ -9,7 +9,7 @@ from benchmarks import machine
 from benchmarks.compilers import targets
 from benchmarks.compilers.targets import Target
 
-SECTIONS = ("layers", "networks", "memory", "pods")
+SECTIONS = ("layers", "networks", "memory", "weights", "pods")
 
 
 def messages(target: Target, options: Namespace) -> Iterator[tuple[Any, ...]]:
@@ -42,7 +42,7 @@ def messages(target: Target, options: Namespace) -> Iterator[tuple[Any, ...]]:
 def _serve(pipe, target, options):
     targets.prepare()
     from benchmarks.bandwidth import attempt
-    from benchmarks.compilers import layers, memory, networks, pods
+    from benchmarks.compilers import layers, memory, networks, pods, weights
 
     try:
         compiler = targets.Compiler(target, options.dump)
@@ -50,6 +50,7 @@ def _serve(pipe, target, options):
             "layers": lambda: layers.jobs(compiler, options.methods, options.dtypes),
             "networks": lambda: networks.jobs(compiler, options.networks),
             "memory": lambda: memory.jobs(compiler, options.stacks),
+            "weights": lambda: weights.jobs(compiler),
             "pods": lambda: pods.jobs(compiler),
         }
         for name in options.only:

@@ -2,10 +2,12 @@
 
 from normjax.analysis import (
     balance,
+    depth,
     figures,
     geometry,
     layers,
     noise,
+    programs,
     propagation,
     reconstruction,
     spectra,
@@ -14,10 +16,12 @@ from normjax.analysis import (
 
 __all__ = [
     "balance",
+    "depth",
     "figures",
     "geometry",
     "layers",
     "noise",
+    "programs",
     "propagation",
     "reconstruction",
     "spectra",

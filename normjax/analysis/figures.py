@@ -1,10 +1,14 @@
 """One way to draw tables of measurements; matplotlib comes with the extra `benchmarks`."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "v", "D", "x", "*")  # of a number that shares no divisor with the dashes
 
 
 def plot(
@@ -17,7 +21,8 @@ def plot(
     """Draws fields of a table over its field `x`, numbers or names: a panel for one, or several.
 
     `rows` are such as `noise.table` and `spectra.table` make; a value that is None is left out.
-    With `by` there is a line for each value of that field. ValueError for a field that is missing.
+    With `by` there is a line for each value of that field. Lines differ in dashes and markers too,
+    for print in grey. ValueError for a field that is missing.
 
     Example:
       >>> from normjax.analysis import figures
@@ -33,19 +38,24 @@ def plot(
     if not (rows and fields and all(wanted <= row.keys() for row in rows)):
         raise ValueError(f"plot: not all rows have the fields {sorted(wanted)}, or there are none.")
     lines = dict.fromkeys(row[by] for row in rows) if by else {None: None}
-    figure = Figure((max(0.2 * len(rows), 4.5) * len(fields), 4), layout="constrained")
+    width = max(0.2 * len({row[x] for row in rows}), 4.5)
+    figure = Figure((width * len(fields), 4), layout="constrained")
     for axes, names in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields, strict=True):
-        for line in lines:
-            of_line = [row for row in rows if not by or row[by] == line]
-            for name in names:
-                known = [row for row in of_line if row[name] is not None]
-                points = [row[x] for row in known], [row[name] for row in known]
-                label = f"{name}, {by} {line}" if by else name
-                axes.plot(*points, "o-", markersize=3, label=label)
+        for place, (line, name) in enumerate(itertools.product(lines, names)):
+            known = [r for r in rows if (not by or r[by] == line) and r[name] is not None]
+            points = [row[x] for row in known], [row[name] for row in known]
+            axes.plot(
+                *points,
+                linestyle=DASHES[place % len(DASHES)],
+                marker=MARKERS[place % len(MARKERS)],
+                markevery=max(len(known) // 10, 1),
+                markersize=4,
+                label=f"{name}, {by} {line}" if by else name,
+            )
         axes.set_xlabel(x)
         axes.tick_params("x", rotation=90 if isinstance(rows[0][x], str) else 0)
         axes.grid(alpha=0.3, linewidth=0.5)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, handlelength=3.5)
     return figure
 
 

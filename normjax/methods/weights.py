@@ -15,13 +15,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from normjax.core import checks
 from normjax.core.checks import field
+from normjax.core.compat import kind
 from normjax.core.fields import Configuration, Initializer
 from normjax.core.method import Traits
 from normjax.core.passes import lift, widen
-from normjax.core.sharding import place
+from normjax.core.sharding import place, spec
 from normjax.core.structs import AffineParams, Axes, AxisName, Key, several
 from normjax.core.tracing import traced_once
 
@@ -497,9 +499,16 @@ def _power_step(method, vector, rows):
 
 def _along_vector(method, rows, wide, vector):
     """The square of the factor that the vector finds, times that of a bound."""
-    vector = lift(vector.astype(wide.dtype), rows.at, wide.ndim)
-    side = jnp.sum(wide * vector, rows.at, keepdims=True)
-    square = _total(method, side * side, tuple(range(wide.ndim)))
+    # A product: of a sum with a derivative XLA's CPU compiler would write out the vector, repeated.
+    how: dict[str, Any] = {"precision": lax.Precision.HIGHEST}
+    parts = spec(wide)
+    if any(part is not None for part in parts):
+        side_parts = PartitionSpec(*(parts[i] for i in rows.along))
+        how["out_sharding"] = NamedSharding(kind(wide).sharding.mesh, side_parts)
+        vector = place(vector, tuple(parts[i] for i in rows.at), like=wide)
+    axes = (rows.at, tuple(range(vector.ndim)))
+    side = jnp.tensordot(wide, vector.astype(wide.dtype), axes, **how)
+    square = _total(method, side * side, tuple(range(side.ndim))).reshape(())
     return square * _overlap(method, wide.shape)
 
 

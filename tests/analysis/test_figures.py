@@ -21,6 +21,8 @@ def test_lines_over_names_and_over_steps():
         [10, 11, 12],
         [20, 21, 22],
     ]
+    styles = {(line.get_linestyle(), line.get_marker()) for line in depth.lines}
+    assert len(styles) == 3, "also in grey"
     depth.figure.canvas.draw()
     names = [label.get_text() for label in depth.get_xticklabels()]
     assert names == ["conv", "norm", "head"]

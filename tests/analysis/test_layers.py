@@ -242,3 +242,113 @@ class CaptureInputsTest(parameterized.TestCase):
     def test_rejects(self, model, args, message):
         with self.assertRaisesRegex(TypeError, message):
             layers.capture_inputs(model, *args)
+
+
+PLACES = [
+    (),
+    *((block, *part) for block in "bab" for part in ((), *((name,) for name in BLOCK[:3]))),
+    ("head",),
+]
+KINDS = ["Block", "Conv", "BatchNorm", "Dropout"]
+
+
+def linen_calls(block=Block):
+    """A model, its arguments and its keywords."""
+    net, x = Net(block), draw(0, 4, 5, 6, 3)
+    variables = net.init(KEY, x)
+    return net, (variables, x), {"train": True, "rngs": {"dropout": KEY}}
+
+
+def nnx_calls(call=lambda block, x: block(x)):
+    return NetNNX(call), (draw(0, 4, 5, 6, 3),), {}
+
+
+class Doubled(nn.Dense):
+    def __call__(self, x):
+        return 2 * super().__call__(inputs=x)
+
+
+class CallsTest(parameterized.TestCase):
+    @parameterized.parameters(
+        linen_calls,
+        nnx_calls,
+        lambda: linen_calls(nn.remat(Block, static_argnums=2)),
+        lambda: nnx_calls(nnx.remat(lambda block, x: block(x))),
+        lambda: nnx_calls(nnx.jit(lambda block, x: block(x))),
+    )
+    def test_functions_repeat_the_calls(self, make):
+        net, args, how = make()
+        state = lambda: jax.tree.leaves(args[0] if how else nnx.to_pure_dict(nnx.state(net)))
+        before = state()
+        calls, maps = layers.calls(net, *args, **how), layers.capture(net, *args, **how)
+        self.assertEqual([call.path for call in calls], PLACES)
+        kinds = [call.kind.removesuffix("NNX") for call in calls]
+        self.assertEqual(kinds[1:-1], 3 * KINDS)
+        for call in calls:
+            chex.assert_trees_all_close(call.function(*call.args, **call.kwargs), call.output)
+            chex.assert_tree_all_finite(call.output)
+        for call, name in ((calls[2], "b/conv"), (calls[9], "b#2"), (calls[12], "b/drop#2")):
+            close(call.output, maps[name], 0)
+        self.assertEqual((calls[0].name, calls[2].name), ("__call__", "b/conv"))
+        own = calls[2].variables
+        self.assertEqual((own["params"] if how else own)["kernel"].shape, (3, 3, 3, 3))
+        assert all(a is b for a, b in zip(state(), before, strict=True))
+        assert how or (calls[3].module is net.b.norm and type(net.b) is BlockNNX)
+
+    @parameterized.parameters(linen_calls, nnx_calls)
+    def test_functions_under_transformations(self, make):
+        net, args, how = make()
+        block = layers.calls(net, *args, **how)[1]
+        (x, *rest), other = block.args, draw(1, 2, 5, 6, 3)
+        loss = lambda x: jnp.sum(jnp.square(block.function(x, *rest)))
+        slope = (loss(x + 1e-3) - loss(x - 1e-3)) / 2e-3
+        close(jnp.sum(jax.jit(jax.grad(loss))(x)), slope, 1e-2)
+        alone = jnp.stack([block.function(part, *rest) for part in (other, 2 * other)])
+        mapped = jax.vmap(lambda x: block.function(x, *rest))(jnp.stack([other, 2 * other]))
+        close(mapped, alone, 1e-5)
+        run = lambda *args: [call.output for call in layers.calls(net, *args, **how)]
+        jitted = jax.jit(run)(*args)
+        chex.assert_trees_all_close(jitted, run(*args), rtol=1e-5, atol=1e-6)
+
+    def test_keywords_are_part_of_a_call(self):
+        class Two(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                norm = normjax.linen.BatchNorm(name="norm")
+                x = norm(x, use_running_average=False)
+                return Doubled(3, name="dense")(norm(x, use_running_average=True))
+
+        net, x, said = Two(), draw(0, 6, 2), "use_running_average"
+        variables = net.init(KEY, x)
+        _, batch, running, dense = layers.calls(net, variables, x)
+        self.assertEqual((batch.kwargs, running.kwargs), ({said: False}, {said: True}))
+        close(batch.output.mean(0), np.zeros(2), 1e-6)
+        close(running.function(x, use_running_average=False), batch.output, 1e-6)
+        moved = jnp.broadcast_to(0.01 * x.mean(0), x.shape)  # by the first call
+        close(running.function(moved, use_running_average=True), np.zeros(x.shape), 1e-6)
+        self.assertEqual((dense.kind, dense.args), ("Doubled", (running.output,)))
+        close(dense.output, 2 * running.output @ variables["params"]["dense"]["kernel"], 1e-6)
+
+    def test_a_scan_calls_often(self):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + nn.Dense(3, name="dense")(x), None
+
+        axes = {"params": 0, "intermediates": 0}
+        stack = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=5)()
+        x = draw(0, 4, 3)
+        calls = layers.calls(stack, stack.init(KEY, x, None), x, None)
+        self.assertEqual([call.path for call in calls], 5 * [()] + 5 * [("dense",)])
+        for layer, after, dense in zip(calls, [*calls[1:5], None], calls[5:], strict=False):
+            close(layer.output[0], layer.args[0] + dense.output, 1e-6)
+            close(layer.function(x, None)[0], x + dense.function(x), 1e-6)
+            assert after is None or jnp.array_equal(after.args[0], layer.output[0])
+
+    @parameterized.parameters(
+        (lambda x: x, (jnp.ones((2, 3)),), "calls: .* not a module"),
+        (nn.Dense(3), (jnp.ones((2, 3)),), "calls: .* variables"),
+    )
+    def test_rejects(self, model, args, message):
+        with self.assertRaisesRegex(TypeError, message):
+            layers.calls(model, *args)

@@ -138,6 +138,13 @@ FUNCTIONS = {
     "updated": lambda x: lax.dynamic_update_slice(abs(x), x[:2], (1,)),
     "sums": lambda x: jnp.cumsum(jnp.concatenate([x.sum(keepdims=True), -x]), axis=0) / 3,
     "einsum": lambda x: jnp.einsum("ab,cbd->cad", x.reshape(2, 2), matrix(3, 2, 2)),
+    "products in batches": lambda x: jnp.einsum(
+        "abc,dab->bdc", matrix(2, 3, 2), abs(x[:, None, None] * matrix(1, 2, 3))
+    ),
+    "axes of a convolution": lambda x: lax.conv_general_dilated(
+        *(x.reshape(1, 2, 2, 1), matrix(2, 1, 1, 3), (1, 1), "SAME"),
+        dimension_numbers=("NHWC", "HWIO", "HCWN"),
+    ),
     "half precision": lambda x: (x.astype("bfloat16") @ M.astype("bfloat16")).astype("float32"),
     "programs inside": lambda x: inner_program(x) + jax.nn.relu(x),
     "scan": lambda x: lax.scan(
@@ -158,7 +165,6 @@ def test_every_kind_of_step(name):
 NORMS = (
     normjax.BatchNorm(),
     normjax.KalmanNorm(),
-    normjax.IterativeNorm(),
     normjax.CholeskyBatchNorm(),
     normjax.SpectralBatchNorm(),
 )

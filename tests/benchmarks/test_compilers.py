@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import speed
 from benchmarks.compilers import __main__ as command
-from benchmarks.compilers import hlo, layers, memory, networks, targets, traffic, work
+from benchmarks.compilers import hlo, layers, memory, networks, targets, traffic, weights, work
 
 RESULTS = Path(command.__file__).parents[1] / "results" / "compilers"
 
@@ -290,6 +290,7 @@ ROWS = {
         {"network": "net", "norms": "flax", **figures(8, kept=64, products=100)},
         {"network": "net", "norms": "normjax", **figures(8, kept=16, products=107)},
     ],
+    "weights": [{"network": "net", "norms": "flax", **figures(10)}],
     "pods": [
         {
             "slice": "v5e:2x2",
@@ -389,6 +390,26 @@ def test_networks_differ_in_their_norms_alone(name):
     how = SMALL.get(name, {"shape": (2, 8, 32), "layers": 2, "heads": 2})
     first, *others = (jax.eval_shape(step, *args) for step, args in (make(a, **how) for a in arms))
     assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize(
+    ("arm", "learned", "kept"),
+    [
+        ("flax WeightNorm", 1, 0),
+        ("normjax WeightNorm", 1, 0),
+        ("flax SpectralNorm", 0, 2),
+        ("normjax SpectralWeightNorm", 0, 1),
+    ],
+)
+def test_wrapped_networks_have_something_for_each_kernel(arm, learned, kept):
+    small = {"batch": 2, "size": 16, "stages": (1,), "width": 8}
+    (step, arguments), (_, (plain, *_)) = (weights.residual(a, **small) for a in (arm, "flax"))
+    old, new = arguments[0], jax.eval_shape(step, *arguments)[0]
+    alike = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), old, new)
+    assert all(jax.tree.leaves(alike))
+    count = lambda tree: len(jax.tree.leaves(tree))
+    more = [count(a) - count(b) for a, b in zip(old[:2], plain[:2], strict=True)]
+    assert more == [6 * learned, 6 * kept]
 
 
 FEW = {

@@ -18,7 +18,7 @@ from benchmarks import gan, generative
 
 LABELS = jnp.arange(4) % 3
 TINY = "--seeds 2 --steps 4 --parts 2 --batch-size 8 --latent 3 --width 2 --search 2"
-TINY += " --final-search 3 --images 5 --samples 72 --classifier-steps 3 --train-size 40"
+TINY += " --final-search 10 --images 5 --samples 72 --classifier-steps 3 --train-size 40"
 
 
 def build(first, second=None, *, classes=None, rate=1e-3):
@@ -137,10 +137,13 @@ def test_a_classifier_learns():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_grid(channels):
     samples = np.full((20, 4, 2, channels), -1.0)
-    samples[9] = 1.0
-    picture = np.asarray(gan.grid(samples)).reshape(2, 64, 8, 32, -1)
-    assert picture.shape[-1] == channels
-    assert (picture[1, :, 1] == 255).all() and picture.sum() == picture[1, :, 1].sum()
+    samples[9] = 0.0
+    picture = np.asarray(gan.grid(samples))
+    expected = np.full((2 * 64 + gan.GAP, 8 * 32 + 7 * gan.GAP), 255)
+    for i, j in np.ndindex(2, 8):
+        top, left = i * (64 + gan.GAP), j * (32 + gan.GAP)
+        expected[top : top + 64, left : left + 32] = 128 if (i, j) == (1, 1) else 0
+    assert (picture.reshape(*expected.shape, channels) == expected[..., None]).all()
 
 
 def row(arm, seed, final, failed=""):
@@ -153,10 +156,11 @@ def test_the_summary_leaves_failed_runs_out():
     rows = [row("a", 1, 0.4), row("a", 0, 0.2), row("b", 0, 0.1), row("b", 1, None, "not finite")]
     one, two = gan.summary({"rows": rows})
     assert one["final"] == (pytest.approx(0.3), pytest.approx(1.2706, rel=1e-3))
-    assert one["less"] is None and one["failed"] == []
+    assert one["final less"] is None and one["failed"] == []
     assert one["rank"] == (pytest.approx(0.5), pytest.approx(0))
     assert two["final"] == (0.1, None) and two["failed"] == ["not finite"] and two["runs"] == 2
-    assert two["less"] == (pytest.approx(-0.5), None)
+    assert two["final less"] == (pytest.approx(-0.5), None)
+    assert two["early less"] == two["distance less"] == (0, None)
     (lost,) = gan.summary({"rows": [row("a", 0, None, "not finite")]})
     assert lost["final"] is None and gan.text(lost["final"]) == ""
 
@@ -189,9 +193,10 @@ def test_files_and_an_interrupted_run(tmp_path, capsys):
     file = tmp_path / "gan.json"
     whole = json.loads(file.read_text())
     assert [len(r["error"]) for r in whole["rows"]] == [2, 2]
-    assert [len(r["curve"]) for r in whole["rows"]] == [4, 4]
-    with Image.open(tmp_path / whole["rows"][1]["picture"]) as picture:
-        assert picture.size == (256, 256)
+    assert [len(r["curve"]) for r in whole["rows"]] == [2, 2]
+    assert "picture" not in whole["rows"][1]
+    with Image.open(tmp_path / whole["rows"][0]["picture"]) as picture:
+        assert picture.size == (270, 270)
     assert (tmp_path / "training.png").exists() and (tmp_path / "search.png").exists()
     kept = whole["rows"][0] | {"final_error": 7.0}
     file.write_text(json.dumps(whole | {"rows": [kept]}))

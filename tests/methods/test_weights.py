@@ -209,6 +209,8 @@ def test_the_factor_of_a_convolution():
     np.testing.assert_allclose(factor(method(**torus, feature_axes=-2)), largest, rtol=1e-5)
     assert factor(method()) < 0.5 * largest
     assert largest < factor(method(operator="bound")) < 3 * largest
+    one, two = (factor(nj.SpectralWeightNorm(operator="bound", strides=n)) for n in (1, 2))
+    assert one / two == pytest.approx(3 / 2, rel=1e-4)
     with jax.enable_x64(True):
         weight = exact(1, *kernel.shape)
         run = lambda k: jnp.sum(method(**torus).apply((), (), k, train=True)[0] * weight)
@@ -223,7 +225,9 @@ def test_the_factor_of_a_convolution():
 def test_zeros_are_harmless():
     """A weight norm of zeros is the plain layer; others give zeros, and the vector stays."""
     zeros = jnp.zeros((4, 3))
-    for method in (nj.StrictWeightNorm(), nj.WeightStandardization(), nj.SpectralWeightNorm()):
+    behind = nj.StrictWeightNorm(epsilon=1e-8, epsilon_place="norm")
+    others = nj.StrictWeightNorm(), nj.WeightStandardization(), nj.SpectralWeightNorm()
+    for method in (behind, *others):
         params, state = method.init(KEY, zeros)
         run = lambda k, m=method, p=params, s=state: m.apply(p, s, k, train=True)
         y, new = run(zeros)

@@ -40,15 +40,22 @@ def _convert(program, eqn, a):
     return program.add(lambda x: [x.astype(dtype)], [a], a.shape)
 
 
+def _shape(eqn):
+    return eqn.outvars[0].aval.shape
+
+
 def _fit(eqn, inputs):
-    """Inputs of an elementwise step, constants in the shape of the output."""
-    shape = eqn.outvars[0].aval.shape
+    """Inputs of an elementwise step, constants in the shape of the output.
+
+    Axes of nodes may have the size 1 where those of the output are larger.
+    """
+    shape = _shape(eqn)
     return [a if isinstance(a, Node) else np.broadcast_to(a, shape) for a in inputs]
 
 
 def _sum(combine):
     def rule(program, eqn, *inputs):
-        return program.affine(combine, _fit(eqn, inputs), eqn.outvars[0].aval.shape)
+        return program.affine(combine, _fit(eqn, inputs), _shape(eqn))
 
     return rule
 
@@ -60,16 +67,16 @@ def _negative(program, eqn, a):
 def _times(program, eqn, a, b):
     a, b = (a, b) if isinstance(a, Node) else (b, a)
     if not isinstance(b, Node):
-        return program.add(lambda x: [x * b], [a], a.shape)
+        return program.add(lambda x: [x * b], [a], _shape(eqn))
     if not (a.flat or b.flat):
         raise program.error("mul", "of two values that depend on the input is not piecewise affine")
-    return program.add(lambda x, y: [x * y], [a, b], a.shape)
+    return program.add(lambda x, y: [x * y], [a, b], _shape(eqn))
 
 
 def _over(program, eqn, a, b):
     if isinstance(b, Node):
         raise program.error("div", "by a value that depends on the input is not piecewise affine")
-    return program.add(lambda x: [x / b], [a], a.shape)
+    return program.add(lambda x: [x / b], [a], _shape(eqn))
 
 
 def _logical(function):
@@ -78,7 +85,7 @@ def _logical(function):
             raise program.error(eqn.primitive.name)
         nodes = [a for a in inputs if isinstance(a, Node)]
         rest = [a for a in inputs if not isinstance(a, Node)]
-        return program.add(lambda *x: [function(*x, *rest)], nodes, nodes[0].shape)
+        return program.add(lambda *x: [function(*x, *rest)], nodes, _shape(eqn))
 
     return rule
 
@@ -88,7 +95,7 @@ def _select(program, eqn, which, *cases):
         return [cases[int(which)]]
     if not floating(eqn.outvars[0].aval.dtype):
         raise program.error("select_n", "of values that are not floating is not supported")
-    shape = eqn.outvars[0].aval.shape
+    shape = _shape(eqn)
 
     def choose(which, *cases):
         which = which.reshape(*which.shape, *(1,) * (cases[0].ndim - which.ndim))
@@ -107,7 +114,7 @@ def _select(program, eqn, which, *cases):
 
 def _reduce_sum(program, eqn, a):
     axes = tuple(axis + 2 for axis in eqn.params["axes"])
-    return program.add(lambda x: [x.sum(axes)], [a], eqn.outvars[0].aval.shape)
+    return program.add(lambda x: [x.sum(axes)], [a], _shape(eqn))
 
 
 def _cumsum(program, eqn, a):
@@ -131,7 +138,7 @@ def _dot(program, eqn, a, b):
     many, rows, columns = map(math.prod, sizes)
     matrices = matrices.reshape(many, -1, columns)
     order = [0, 1, *(2 + axis for axis in (*batch, *free, *left))]
-    shape = eqn.outvars[0].aval.shape
+    shape = _shape(eqn)
 
     def run(x):
         cells = x.shape[:2]
@@ -191,7 +198,7 @@ def _conv(program, eqn, a, b):
         return [y.swapaxes(2, 3).reshape(*y.shape[:2], *shape, outputs).transpose(back)]
 
     size = places.size * groups * width
-    return program.add(run, [a], eqn.outvars[0].aval.shape, size=size)
+    return program.add(run, [a], _shape(eqn), size=size)
 
 
 def _pool(eqn, a):
@@ -205,15 +212,14 @@ def _pool(eqn, a):
 def _pool_sum(program, eqn, a):
     places = _pool(eqn, a)
     run = lambda x: [np.take(_flat(x), places, axis=2).sum(-1)]
-    return program.add(run, [a], eqn.outvars[0].aval.shape, size=places.size)
+    return program.add(run, [a], _shape(eqn), size=places.size)
 
 
 # Branches.
 
 
-def _compete(program, name, pair, finish, flat=False):
+def _compete(program, name, shape, pair, finish, flat=False):
     """A branch on which of two values is larger: `finish` takes that the first is, and both."""
-    shape = pair[0].shape
 
     def functions(x, y):
         size = np.abs(x).sum(1) + np.abs(y).sum(1)
@@ -227,17 +233,21 @@ def _compete(program, name, pair, finish, flat=False):
 
 
 def _largest(program, eqn, a, b):
-    return _compete(program, "max", _fit(eqn, (a, b)), np.where)
+    return _compete(program, "max", _shape(eqn), _fit(eqn, (a, b)), np.where)
+
+
+def _least(more, x, y):
+    return np.where(more, y, x)
 
 
 def _smallest(program, eqn, a, b):
-    return _compete(program, "min", _fit(eqn, (a, b)), lambda more, x, y: np.where(more, y, x))
+    return _compete(program, "min", _shape(eqn), _fit(eqn, (a, b)), _least)
 
 
 def _clamp(program, eqn, low, a, high):
     low, a, high = _fit(eqn, (low, a, high))
-    (a,) = _compete(program, "clamp", [a, low], np.where)
-    return _compete(program, "clamp", [a, high], lambda more, x, y: np.where(more, y, x))
+    (a,) = _compete(program, "clamp", a.shape, [a, low], np.where)
+    return _compete(program, "clamp", a.shape, [a, high], _least)
 
 
 def _compare(sign):
@@ -245,19 +255,21 @@ def _compare(sign):
         if not all(floating(v.aval.dtype) for v in eqn.invars):
             raise program.error(eqn.primitive.name)
         finish = lambda more, x, y: more == sign
-        return _compete(program, eqn.primitive.name, _fit(eqn, inputs), finish, flat=True)
+        return _compete(
+            program, eqn.primitive.name, _shape(eqn), _fit(eqn, inputs), finish, flat=True
+        )
 
     return rule
 
 
 def _absolute(program, eqn, a):
     finish = lambda more, x, y: np.where(more, x, -x)
-    return _compete(program, "abs", [a, np.zeros(a.shape)], finish)
+    return _compete(program, "abs", a.shape, [a, np.zeros(a.shape)], finish)
 
 
 def _sign(program, eqn, a):
     finish = lambda more, x, y: np.where(more, 1.0, -1.0)
-    return _compete(program, "sign", [a, np.zeros(a.shape)], finish, flat=True)
+    return _compete(program, "sign", a.shape, [a, np.zeros(a.shape)], finish, flat=True)
 
 
 def _winner(program, name, a, places, sign=1):
