@@ -382,6 +382,12 @@ def linen(model, x=X):
 KEY = dict(key=jax.random.key(0))
 BAD = [
     ("no boundary", ValueError, lambda: geometry.distances(*linen(Net(nn.tanh))), "tanh of its"),
+    (
+        "statistics of the sample",
+        ValueError,
+        lambda: geometry.distances(*linen(nn.Sequential([normjax.linen.LayerNorm(), nn.relu]))),
+        "of its input, which is not piecewise affine",
+    ),
     ("affine", ValueError, lambda: geometry.nearest(*linen(Affine())), "no activation"),
     ("training", ValueError, lambda: geometry.distances(*linen(Net()), train=True), "evaluate"),
     ("no model", TypeError, lambda: geometry.distances(nn.relu, X), "not a module"),

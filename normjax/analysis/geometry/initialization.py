@@ -48,7 +48,8 @@ def smart_init(
       deviation: True: mean and variance. False: the mean alone, and the variance stays one, as
         with biases that depend on the data: boundaries go through the mean of the inputs all the
         same. All norms with running statistics must then be `BatchNorm`.
-      fold: return what `folding.fold` does: a model without the norms, and its variables.
+      fold: return what `folding.fold` does: a model without the norms, and its variables. Norms
+        that no layer can take, as some of residual networks, stay, with the new statistics.
 
     Returns the variables of Linen with new statistics. A model of NNX changes in place, and is
     returned. With `fold`, a `normjax.folding.Folded`; an NNX model that was given stays as it was.
@@ -56,8 +57,7 @@ def smart_init(
     Raises:
       TypeError: for what is no Flax module, or no variables in Linen.
       ValueError: for samples that are not real numbers, a model without norms that have running
-        statistics, and without `deviation` other norms than `BatchNorm`; with `fold` for a norm
-        that cannot be folded, by its path.
+        statistics, and without `deviation` other norms than `BatchNorm`.
 
     Example:
       >>> import jax, flax.linen as nn, normjax.linen
@@ -78,11 +78,11 @@ def smart_init(
     if isinstance(model, nnx.Module):
         new = nnx.merge(nnx.split(model)[0], variables, copy=True)
         if fold:
-            return _folded(folding.fold(new, *args, **kwargs))
+            return folding.fold(new, *args, **kwargs)
         nnx.update(model, nnx.filter_state(variables, nnx.BatchStat))
         return model
     if fold:
-        return _folded(folding.fold(model, variables, *network.args, **kwargs))
+        return folding.fold(model, variables, *network.args, **kwargs)
     return variables
 
 
@@ -109,13 +109,6 @@ def _centred(network):
 
 def _runs(method):
     return isinstance(method, RunningFields) or any(map(_runs, parts(method)))
-
-
-def _folded(done):
-    if done.kept:
-        path, reason = next(iter(done.kept.items()))
-        raise ValueError(f"smart_init: {path} cannot be folded: {reason}")
-    return done
 
 
 __all__ = ["smart_init"]

@@ -70,20 +70,17 @@ class _Reader:
 
     def step(self, eqn, values, names):
         """What one step of the program returns."""
-        outputs = eqn.primitive.bind(*(v.value for v in values), **eqn.params)
-        outputs = outputs if eqn.primitive.multiple_results else [outputs]
-        moving = [v.moves for v in values]
-        if not any(moving):
-            return [_Value(output, False) for output in outputs]
-        kind = eqn.primitive.name
+        kind, moving = eqn.primitive.name, [v.moves for v in values]
         gap = None
-        if kind in COMPARISONS:
+        if not any(moving):
+            pass
+        elif kind in COMPARISONS:
             gap = values[0].value - values[1].value
         elif kind in ("max", "min"):
             self.keep(values[0].value - values[1].value, kind, names)
         elif kind == "abs":
             self.keep(values[0].value, kind, names)
-        elif kind == "select_n" and moving[0]:
+        elif kind == "select_n" and values[0].gap is not None:
             self.keep(values[0].gap, kind, names)
         elif not (
             kind in LINEAR | POOLS
@@ -96,7 +93,9 @@ class _Reader:
                 "piecewise affine and has no boundaries: activations are such as relu, leaky_relu "
                 "and abs, and norms evaluate, with running statistics."
             )
-        return [_Value(output, True, gap) for output in outputs]
+        outputs = eqn.primitive.bind(*(v.value for v in values), **eqn.params)
+        outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        return [_Value(output, any(moving), gap) for output in outputs]
 
     def keep(self, gap, kind, names):
         gap = gap[0] if jnp.ndim(gap) and len(gap) == 1 else gap  # the sample is a batch of one
