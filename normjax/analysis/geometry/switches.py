@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from normjax.core.compat import evaluate
+
 LINEAR = {
     *("add", "add_any", "broadcast_in_dim", "checkpoint_name", "concatenate", "copy", "copy_p"),
     *("convert_element_type", "cumsum", "expand_dims", "name", "neg", "optimization_barrier"),
@@ -93,8 +95,7 @@ class _Reader:
                 "piecewise affine and has no boundaries: activations are such as relu, leaky_relu "
                 "and abs, and norms evaluate, with running statistics."
             )
-        outputs = eqn.primitive.bind(*(v.value for v in values), **eqn.params)
-        outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        outputs = evaluate(eqn.primitive, eqn.params, *(v.value for v in values))
         return [_Value(output, any(moving), gap) for output in outputs]
 
     def keep(self, gap, kind, names):
