@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from normjax import folding
+from normjax import folding, modules
 from normjax.analysis.geometry.networks import Network
 from normjax.core import checks
 from normjax.core.fields import RunningFields
@@ -74,6 +74,8 @@ def smart_init(
     for name, value in (("deviation", deviation), ("fold", fold)):
         checks.require("smart_init", name, value, checks.flag)
     network = Network.of("smart_init", model, args, kwargs)
+    if not any(map(_runs, modules.norms(model, *args, **kwargs).values())):
+        raise ValueError("smart_init: the model calls no norm that has running statistics.")
     variables = network.observed(network.x) if deviation else _centred(network)
     if isinstance(model, nnx.Module):
         new = nnx.merge(nnx.split(model)[0], variables, copy=True)
@@ -101,8 +103,6 @@ def _centred(network):
 
     run = observer(network.model, network.call, train=True, choose=choose)
     seen = run(network.variables, network.x).seen
-    if not seen:
-        raise ValueError("smart_init: the model calls no norm that has running statistics.")
     move = lambda method, state, seen: state._replace(mean=seen.mean, var=seen.var)
     return run.moved(network.variables, seen, move)
 
