@@ -299,7 +299,7 @@ class _Site:
         self.log[self.path, name, sum(e[:2] == (self.path, name) for e in self.log)] = None
 
     def inputs(self, copy, args, kwargs):
-        variables = jax.tree.leaves(nnx.state(copy, nnx.Not(nnx.Intermediate)))
+        variables = jax.tree.leaves(nnx.split(copy, nnx.Intermediate, ...)[2])
         return _inputs(self.module, self.run, self.own, variables, args, kwargs)
 
     def own(self, variables):
