@@ -1124,8 +1124,8 @@ OF_ANALYSIS = {
     ),
     "a module of NNX alone with its first variables": Mutant(
         CALLS,
-        "jax.tree.leaves(nnx.state(copy, nnx.Not(nnx.Intermediate)))",
-        "jax.tree.leaves(nnx.state(self.module, nnx.Not(nnx.Intermediate)))",
+        "jax.tree.leaves(nnx.split(copy, nnx.Intermediate, ...)[2])",
+        "jax.tree.leaves(nnx.split(self.module, nnx.Intermediate, ...)[2])",
         some("analysis/test_layers.py", "repeat_the_calls"),
     ),
     "a call by super as one more": Mutant(
