@@ -74,8 +74,7 @@ def smart_init(
     for name, value in (("deviation", deviation), ("fold", fold)):
         checks.require("smart_init", name, value, checks.flag)
     network = Network.of("smart_init", model, args, kwargs)
-    if not any(map(_runs, modules.norms(model, *args, **kwargs).values())):
-        raise ValueError("smart_init: the model calls no norm that has running statistics.")
+    _require_norms(modules.norms(model, *args, **kwargs))
     variables = network.observed(network.x) if deviation else _centred(network)
     if isinstance(model, nnx.Module):
         new = nnx.merge(nnx.split(model)[0], variables, copy=True)
@@ -105,6 +104,11 @@ def _centred(network):
     seen = run(network.variables, network.x).seen
     move = lambda method, state, seen: state._replace(mean=seen.mean, var=seen.var)
     return run.moved(network.variables, seen, move)
+
+
+def _require_norms(norms):
+    if not any(map(_runs, norms.values())):
+        raise ValueError("smart_init: the model calls no norm that has running statistics.")
 
 
 def _runs(method):
