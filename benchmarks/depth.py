@@ -36,7 +36,7 @@ from jax import lax
 
 import normjax as nj
 from benchmarks import data, machine, models, report, resnet
-from benchmarks.options import whole
+from benchmarks.options import Studies, whole
 from normjax.analysis import depth, figures, layers
 from normjax.linen import BatchNorm
 
@@ -350,23 +350,11 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
 
 def _options(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.depth",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    text = f"some of: {'; '.join(STUDIES)} (default: all)"
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help=text)
+    parser = Studies("depth", __doc__, STUDIES)
     text = "of initialization and training"
     parser.add_argument("--seeds", type=whole, default=3, help=text)
     parser.add_argument("--images", type=whole, default=256, help="of initialization")
-    parser.add_argument("--output", type=Path, default=Path("runs/depth"))
-    options = parser.parse_args(argv)
-    unknown = [name for name in options.studies if name not in STUDIES]
-    if unknown:
-        parser.error(f"{unknown[0]!r} is no study; there are {', '.join(STUDIES)}")
-    options.studies = list(dict.fromkeys(options.studies)) or list(STUDIES)
-    return options
+    return parser.read(argv)
 
 
 if __name__ == "__main__":

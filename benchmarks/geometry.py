@@ -21,7 +21,6 @@ All arms of a seed share initial weights and order of batches.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -33,7 +32,7 @@ from threadpoolctl import threadpool_limits
 
 import normjax as nj
 from benchmarks import data, machine, training
-from benchmarks.options import rate, whole
+from benchmarks.options import Studies, rate, whole
 from normjax.analysis import geometry
 from normjax.linen import Norm
 
@@ -348,24 +347,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.geometry",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    text = f"some of: {', '.join(STUDIES)} (default: all)"
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help=text)
+    parser = Studies("geometry", __doc__, STUDIES)
     parser.add_argument("--seeds", type=whole, help=f"by default 8, {SEEDS}")
     parser.add_argument("--steps", type=whole, default=300, help="of training, about")
     parser.add_argument("--learning-rate", type=rate, default=0.1)
     parser.add_argument("--draws", type=whole, default=300, help="mini-batches of the jitter")
-    parser.add_argument("--output", type=Path, default=Path("runs/geometry"))
-    options = parser.parse_args(argv)
-    unknown = [name for name in options.studies if name not in STUDIES]
-    if unknown:
-        parser.error(f"{unknown[0]!r} is no study; there are {', '.join(STUDIES)}")
-    options.studies = list(dict.fromkeys(options.studies)) or list(STUDIES)
-    return options
+    return parser.read(argv)
 
 
 if __name__ == "__main__":

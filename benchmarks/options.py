@@ -1,9 +1,10 @@
-"""Command line of `benchmarks.compare`."""
+"""Command line of `benchmarks.compare`, and what others share with it."""
 
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks import methods, models, recipe
@@ -72,6 +73,30 @@ def read(argv: Sequence[str]) -> dict[str, Any]:
             if values.count(value) > 1:
                 raise ValueError(f"--{name} names {value} more than once")
     return given
+
+
+class Studies(argparse.ArgumentParser):
+    """The command line of a benchmark that is made of studies, with `studies` and `output`."""
+
+    def __init__(self, benchmark: str, description: str | None, studies: Collection[str]):
+        super().__init__(
+            prog=f"python -m benchmarks.{benchmark}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.names = studies
+        text = f"some of: {', '.join(studies)} (default: all)"
+        self.add_argument("studies", nargs="*", metavar="STUDY", help=text)
+        self.add_argument("--output", type=Path, default=Path("runs") / benchmark)
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The options, with each study once; ends the program for a name that is none."""
+        options = self.parse_args(argv)
+        unknown = [name for name in options.studies if name not in self.names]
+        if unknown:
+            self.error(f"{unknown[0]!r} is no study; there are {', '.join(self.names)}")
+        options.studies = list(dict.fromkeys(options.studies)) or list(self.names)
+        return options
 
 
 class _Parser(argparse.ArgumentParser):

@@ -27,7 +27,6 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -37,7 +36,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from benchmarks import data, machine, models, report, resumable, training, whiteness
-from benchmarks.options import rate, whole
+from benchmarks.options import Studies, rate, whole
 from benchmarks.whiteness import ALPHAS, BN, decorrelated, iterative, stochastic
 
 PASSES = 500  # batches of 64 that stochastic whitening sees before it is measured
@@ -229,13 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.whitening",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    text = f"some of: {'; '.join(STUDIES)} (default: all)"
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help=text)
+    parser = Studies("whitening", __doc__, STUDIES)
     text = "of conditioning and convolutions"
     parser.add_argument(
         "--data", default="digits", choices=("digits", "images", "cifar10-bin"), help=text
@@ -247,13 +240,7 @@ def _options(argv):
     parser.add_argument("--learning-rate", type=rate, default=0.1)
     text = "batches that stochastic whitening sees before it is measured"
     parser.add_argument("--passes", type=whole, default=PASSES, help=text)
-    parser.add_argument("--output", type=Path, default=Path("runs/whitening"))
-    options = parser.parse_args(argv)
-    unknown = [name for name in options.studies if name not in STUDIES]
-    if unknown:
-        parser.error(f"{unknown[0]!r} is no study; there are {', '.join(STUDIES)}")
-    options.studies = list(dict.fromkeys(options.studies)) or list(STUDIES)
-    return options
+    return parser.read(argv)
 
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
